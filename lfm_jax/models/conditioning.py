@@ -1,0 +1,19 @@
+"""What a network may be conditioned on: one small frozen pytree for every backbone."""
+
+import flax.struct
+from jaxtyping import Array, Float, Integer
+
+
+@flax.struct.dataclass
+class Cond:
+    """The condition of a batch; absent parts are None, and every network ignores what it does not use.
+
+    Attributes:
+        label: class ids; ``num_classes`` is the null label (dropped in the loss, not in the network).
+        spatial: a map at the latent's resolution, concatenated to the network's input channels.
+        tokens: context tokens for cross-attention.
+    """
+
+    label: Integer[Array, " b"] | None = None
+    spatial: Float[Array, "b h w k"] | None = None
+    tokens: Float[Array, "b n d"] | None = None
