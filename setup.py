@@ -11,7 +11,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (HERE / "lfm_jax/__init__.py").read
 setup(
     name="lfm_jax",
     version=VERSION,
-    description="Latent flow matching in JAX/Flax: train, sample, finetune, condition, edit, measure",
+    description="Latent flow matching in JAX/Flax: train, sample, finetune, edit, measure",
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["lfm_jax", "lfm_jax.*"]),

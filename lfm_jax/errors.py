@@ -8,7 +8,9 @@ PREEMPTED = 75
 
 
 class UserError(Exception):
-    """A mistake in flags, config, files or data: one line that names the culprit and what is accepted.
+    """A mistake in flags, config, files or data, as one line.
+
+    The line names the culprit (key, flag or file), its value, and what is accepted.
 
     `lfm_jax.main` prints the message to stderr without a traceback and exits with status 2.
     """

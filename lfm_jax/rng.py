@@ -37,7 +37,7 @@ def stream_keys(
 
 
 def normal(keys: Key[Array, " b"], shape: tuple[int, ...], dtype=None) -> Array:
-    """Standard normals ``[b, *shape]`` (float32 unless told), row ``i`` drawn from ``keys[i]`` alone."""
+    """Standard normals ``[b, *shape]`` (float32 unless told), row ``i`` from ``keys[i]`` alone."""
     dtype = dtype or jax.numpy.float32
     return jax.vmap(lambda k: jax.random.normal(k, shape, dtype))(keys)
 

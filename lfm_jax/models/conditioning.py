@@ -6,10 +6,10 @@ from jaxtyping import Array, Float, Integer
 
 @flax.struct.dataclass
 class Cond:
-    """The condition of a batch; absent parts are None, and every network ignores what it does not use.
+    """The condition of a batch; absent parts are None, and a network ignores what it cannot use.
 
     Attributes:
-        label: class ids; ``num_classes`` is the null label (dropped in the loss, not in the network).
+        label: class ids; ``num_classes`` is the null label (the loss drops labels, not the network).
         spatial: a map at the latent's resolution, concatenated to the network's input channels.
         tokens: context tokens for cross-attention.
     """

@@ -1,0 +1,143 @@
+"""Every option of every job, with its default: `configs/*.py` start from `default_config()`.
+
+Options live under the job or the part they belong to. Optional fields are typed placeholders, so
+that ``--config.data.path=/images`` works although the default is unset. `lfm_jax.config_check`
+holds the accepted ranges and is applied before any job starts.
+"""
+
+import hashlib
+import json
+from typing import Any
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def default_config() -> ConfigDict:
+    """A new config with every field at its default."""
+    config = ConfigDict()
+    config.job = "pipeline"  # what runs without --job; one of lfm_jax.jobs.JOBS
+    config.seed = 0  # >= 0; every random number follows from it and from a position (rng.py)
+    config.init = placeholder(str)  # another workdir or release whose weights training starts from
+    config.loss = "flow"  # objective of the train job: "flow" (flow matching)
+
+    # ---- images: where pixels come from (data/images.py)
+    config.data = ConfigDict()
+    config.data.source = "digits"  # digits | idx | folder | zip | lmdb | tfds:<name>
+    config.data.path = placeholder(str)  # folder or file of the source; unused by digits
+    config.data.image_size = 8  # side in pixels after crop, resize or padding
+    config.data.channels = 1  # 1 gray, 3 RGB
+    config.data.num_classes = 10  # 0: unconditional; the null label of guidance comes on top
+    config.data.limit = 0  # first N images only; 0: all (LFM trained LSUN on the first 120,000)
+
+    # ---- autoencoder: pixels <-> latents (vae/)
+    config.autoencoder = ConfigDict()
+    config.autoencoder.kind = (
+        "train"  # train: our own | pretrained: load weights | identity: pixels
+    )
+    config.autoencoder.weights = placeholder(str)  # pretrained: file, folder or hub repository
+    config.autoencoder.block_out_channels = (32, 64)  # one downsampling by 2 between two entries
+    config.autoencoder.layers_per_block = 1  # residual blocks a level; the SD VAE has 2
+    config.autoencoder.latent_channels = 4  # SD 4, SD3/FLUX 16
+    config.autoencoder.norm_groups = 8  # must divide every entry of block_out_channels
+    config.autoencoder.mid_attention = True  # self-attention at the lowest resolution, as in SD
+    config.autoencoder.steps = 1000  # updates
+    config.autoencoder.batch_size = 128  # images over all devices
+    config.autoencoder.learning_rate = 1e-3  # peak; warm-up then cosine to zero
+    config.autoencoder.warmup_steps = 100
+    config.autoencoder.ema_decay = 0.999  # the exported weights are the averaged ones
+    config.autoencoder.kl_weight = 1e-4  # a weight per element; small keeps detail, large smooths
+    config.autoencoder.reconstruction = "l2"  # l1 | l2
+    config.autoencoder.mirror = False  # random horizontal mirror; wrong for digits and text
+
+    # ---- latent cache (data/latents.py)
+    config.encode = ConfigDict()
+    config.encode.mirror = False  # store the encoded mirror image too: a latent cannot be flipped
+    config.encode.batch_size = 256  # images over all devices
+    config.encode.shard_size = 16384  # examples a shard; a shard is the unit of resume
+
+    # ---- velocity network (models/)
+    config.model = ConfigDict()
+    config.model.name = "DiT"  # DiT, or a published size such as DiT-B/2 (models.SIZES)
+    config.model.hidden = placeholder(int)  # width; unset: the size's own
+    config.model.depth = placeholder(int)  # blocks
+    config.model.heads = placeholder(int)
+    config.model.patch = placeholder(int)  # latent pixels a token side
+    config.model.time_scale = 1000.0  # t in [0,1] times this enters the sinusoids; 1: LFM's weights
+    config.model.dtype = "float32"  # activations: float32 | bfloat16; parameters stay float32
+    config.model.remat = "none"  # recompute activations: none | full | dots
+    config.model.scan_blocks = True  # one compiled block for all: compiles ~10x faster
+    config.model.attention = "auto"  # auto | xla | cudnn
+
+    # ---- training of the velocity network (jobs/train.py)
+    config.train = ConfigDict()
+    config.train.steps = 1000  # updates in all; raising it later goes on from the last checkpoint
+    config.train.batch_size = 256  # latents over all devices and accumulation steps
+    config.train.accumulate = 1  # micro-batches an update; divides batch_size
+    config.train.learning_rate = 1e-4  # peak
+    config.train.schedule = "constant"  # constant | cosine (to learning_rate_final), after warm-up
+    config.train.learning_rate_final = 0.0  # floor of the cosine; LFM: 1e-5, absolute
+    config.train.warmup_steps = 0
+    config.train.weight_decay = 0.0  # AdamW; the papers use 0
+    config.train.b1 = 0.9
+    config.train.b2 = 0.999
+    config.train.grad_clip = 0.0  # global norm; 0: off, as in LFM
+    config.train.ema_decay = 0.9999  # 0: off; ramps up as (1 + step) / (10 + step)
+    config.train.label_drop = 0.1  # probability of the null label in training (guidance needs it)
+    config.train.mirror = False  # pick the cached mirror image with probability 1/2
+    config.train.time_sampling = "uniform"  # uniform (LFM) | logit_normal (more mid-path times)
+    config.train.in_memory = False  # hold the whole cache in host memory: small caches load faster
+    config.train.log_every = 50  # steps between metric fetches: the only host syncs of the loop
+    config.train.save_every = 1000  # steps between checkpoints; the last step is always saved
+    config.train.keep = 2  # newest checkpoints kept
+    config.train.preview_every = 0  # steps between picture grids of a fixed noise set; 0: off
+
+    # ---- sampling (jobs/sample.py)
+    config.sample = ConfigDict()
+    config.sample.num_samples = 1000
+    config.sample.batch_size = 250  # images over all devices
+    config.sample.solver = "euler"  # a name of flow.SOLVERS
+    config.sample.num_steps = 50  # intervals of a fixed-step solve; ignored when rtol is set
+    config.sample.grid = "uniform"  # spacing of the fixed steps: a name of flow.GRIDS
+    config.sample.rtol = placeholder(float)  # set both tolerances for an adaptive solve
+    config.sample.atol = placeholder(float)
+    config.sample.error_norm = (
+        "sample"  # adaptive error control: per "sample" or whole "batch" (LFM)
+    )
+    config.sample.guidance = 1.0  # classifier-free scale; 1: off, one network call an evaluation
+    config.sample.guidance_interval = (0.0, 1.0)  # times (1 is noise) at which guidance acts
+    config.sample.guidance_channels = 0  # guided latent channels; 0: all (LFM), 3: DiT and SiT
+    config.sample.labels = "balanced"  # balanced | uniform | a class list such as "3,7"
+    config.sample.ema = True  # sample the averaged weights
+    config.sample.seed = 0  # of the noise: sample i is the same for any batch size and topology
+    config.sample.png = False  # one PNG an image beside samples.npz
+
+    # ---- evaluation (jobs/evaluate.py)
+    config.evaluate = ConfigDict()
+    config.evaluate.samples = placeholder(str)  # an npz to judge; unset: the workdir's own samples
+    config.evaluate.num_real = 10000  # at most this many held-out real images as the reference
+    config.evaluate.classifier_epochs = 8  # training of the small judge on the real train split
+    config.evaluate.classifier_width = 32  # its base channels
+    config.evaluate.classifier_seed = 1234  # not the run's seed: the judge is independent of it
+    config.evaluate.svc = False  # also judge class accuracy by a scikit-learn SVC on pixels
+
+    # ---- devices (sharding.py)
+    config.mesh = ConfigDict()
+    config.mesh.data = -1  # data-parallel devices; -1: all that the other axes leave
+    config.mesh.fsdp = 1  # devices that share one copy of parameters, optimizer and EMA
+    return config
+
+
+def to_json(config: ConfigDict) -> dict[str, Any]:
+    """The config as plain JSON types, unset placeholders as null."""
+    return json.loads(config.to_json_best_effort())
+
+
+def content_hash(value: Any) -> str:
+    """sha256 of a JSON value in canonical form: how "the inputs changed" is decided."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def overrides(section: ConfigDict) -> dict[str, Any]:
+    """The fields of a section that are set, without the unset placeholders."""
+    return {key: value for key, value in section.items() if value is not None}
