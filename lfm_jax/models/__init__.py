@@ -1,0 +1,26 @@
+"""Velocity networks. All are called alike: ``model.apply({"params": p}, x, t, cond, train=False,
+capture=(), inject=None, rngs=None)`` with latents ``x [b, h, w, c]`` and times ``t [b]`` in [0, 1]
+gives the velocity ``[b, h, w, out_channels]`` in float32 (and the captured hidden states).
+"""
+
+from lfm_jax.models.conditioning import Cond
+from lfm_jax.models.create import (
+    NAMES,
+    count_params,
+    create_model,
+    forward_macs,
+    init_params,
+)
+from lfm_jax.models.dit import DiT
+from lfm_jax.models.taps import Replace
+
+__all__ = [
+    "NAMES",
+    "Cond",
+    "DiT",
+    "Replace",
+    "count_params",
+    "create_model",
+    "forward_macs",
+    "init_params",
+]

@@ -1,0 +1,81 @@
+"""Networks by name, their parameters and their size.
+
+`create_model("DiT-B/2", num_classes=1000)` or, sized freely,
+`create_model("DiT", hidden=256, depth=8, heads=4, patch=2)`.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Key
+
+from lfm_jax.errors import UserError
+from lfm_jax.models import dit
+from lfm_jax.models.conditioning import Cond
+from lfm_jax.models.dit import DiT
+
+# name -> (module, its preset fields)
+NAMES: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
+    "DiT": (DiT, {}),
+    **{
+        f"DiT-{size}/{patch}": (
+            DiT,
+            {"hidden": hidden, "depth": depth, "heads": heads, "patch": patch},
+        )
+        for size, (hidden, depth, heads) in dit.SIZES.items()
+        for patch in dit.PATCHES
+    },
+}
+
+
+def create_model(name: str, **overrides: Any) -> nn.Module:
+    """The network called `name` with `overrides` of its fields; `dtype` may be a string.
+
+    Raises:
+        UserError: an unknown name or field.
+    """
+    if name not in NAMES:
+        raise UserError(f"model: {name!r} is none of {', '.join(NAMES)}")
+    module, preset = NAMES[name]
+    fields = [f.name for f in dataclasses.fields(module) if f.name not in ("parent", "name")]
+    for field in overrides:
+        if field not in fields:
+            raise UserError(f"model: {name} has no field {field!r}; it has {', '.join(fields)}")
+    settings = {**preset, **overrides}
+    if "dtype" in settings:
+        settings["dtype"] = jnp.dtype(settings["dtype"])
+    return module(**settings)
+
+
+def init_params(
+    model: nn.Module,
+    key: Key[Array, ""],
+    latent_shape: tuple[int, int, int],
+    cond_example: Cond | None = None,
+) -> dict:
+    """Fresh float32 parameters for latents of `latent_shape` (h, w, c).
+
+    `cond_example` carries the condition's shapes (any batch size) where they decide parameters: the
+    channels of a spatial map, the width of tokens.
+    """
+    cond = None if cond_example is None else jax.tree.map(lambda a: a[:1], cond_example)
+    x = jnp.zeros((1, *latent_shape), jnp.float32)
+    t = jnp.zeros((1,), jnp.float32)
+    return jax.jit(model.init)(key, x, t, cond)["params"]
+
+
+def count_params(params: Any) -> int:
+    """Number of scalars in a pytree of arrays or shapes."""
+    return sum(int(leaf.size) for leaf in jax.tree.leaves(params))
+
+
+def forward_macs(model: nn.Module, latent_shape: tuple[int, int, int], in_channels: int = 0) -> int:
+    """Multiply-adds of one forward pass of one image of `latent_shape` (h, w, c).
+
+    `in_channels` counts a concatenated spatial condition in. A training step of one image is
+    ``6 * forward_macs`` floating-point operations.
+    """
+    return dit.forward_macs(model, latent_shape, in_channels)

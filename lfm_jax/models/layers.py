@@ -1,0 +1,138 @@
+"""Pieces that several backbones share: embeddings, attention, norms, patches, rematerialisation.
+
+Statistics of norms, softmax and time embeddings are computed in float32 whatever the activations'
+dtype; matrix products run in the activations' dtype with float32 parameters cast on the way.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from lfm_jax.errors import UserError
+
+ATTENTION_BACKENDS = ("auto", "xla", "cudnn")
+
+# Name -> what `jax.checkpoint` keeps of a block's forward pass; "none" keeps everything.
+REMAT_POLICIES: dict[str, Callable | None] = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def remat(function: Callable, policy: str, *, prevent_cse: bool = True) -> Callable:
+    """`function` under the named rematerialisation policy; ``"none"`` returns it untouched.
+
+    Raises:
+        UserError: an unknown policy.
+    """
+    if policy not in REMAT_POLICIES:
+        raise UserError(f"remat: {policy!r} is none of {', '.join(REMAT_POLICIES)}")
+    if policy == "none":
+        return function
+    return jax.checkpoint(function, policy=REMAT_POLICIES[policy], prevent_cse=prevent_cse)
+
+
+def sinusoid(
+    t: Float[Array, " b"],
+    dim: int,
+    *,
+    max_period: float = 1e4,
+    endpoint: bool = False,
+    sin_first: bool = False,
+) -> Float[Array, "b dim"]:
+    """Sinusoidal embedding ``[cos(t w_k), sin(t w_k)]`` in float32.
+
+    ``w_k = max_period^(-k / n)`` for ``k < n = dim / 2``; with `endpoint` the division is by
+    ``n - 1``, so that the slowest frequency is ``1 / max_period`` exactly. Vaswani et al. 2017,
+    section 3.5, with the cosine first as in the diffusion literature.
+    """
+    half = dim // 2
+    exponent = np.arange(half) / (half - 1 if endpoint else half)
+    angles = t.astype(jnp.float32)[:, None] * np.float32(max_period**-exponent)[None]
+    parts = (jnp.sin(angles), jnp.cos(angles)) if sin_first else (jnp.cos(angles), jnp.sin(angles))
+    return jnp.concatenate(parts, axis=-1)
+
+
+def position_table(height: int, width: int, dim: int) -> np.ndarray:
+    """Fixed 2-D sine-cosine table ``[height * width, dim]``: float32, row-major tokens.
+
+    The first half of the channels codes the column, the second the row, each as ``[sin, cos]`` of
+    ``position * 10000^(-k / (dim / 4))``: the order that published DiT weights were trained with.
+    It is computed for the grid at hand and is no parameter: one network runs on any resolution.
+    """
+    if dim % 4:
+        raise UserError(f"hidden: {dim} must be divisible by 4 for the 2-D position table")
+    frequencies = 1e4 ** -(np.arange(dim // 4) / (dim // 4))
+    rows, columns = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
+    table = [
+        wave(np.outer(positions.ravel(), frequencies))
+        for positions in (columns, rows)
+        for wave in (np.sin, np.cos)
+    ]
+    return np.concatenate(table, axis=1).astype(np.float32)
+
+
+def patchify(x: Float[Array, "b h w c"], patch: int) -> Float[Array, "b t k"]:
+    """Tokens in row-major order, each its patch's values in (row, column, channel) order."""
+    b, h, w, c = x.shape
+    x = x.reshape(b, h // patch, patch, w // patch, patch, c)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, -1, patch * patch * c)
+
+
+def unpatchify(
+    tokens: Float[Array, "b t k"], patch: int, grid: tuple[int, int]
+) -> Float[Array, "b h w c"]:
+    """The inverse of `patchify` on a `grid` of (rows, columns) of tokens."""
+    b = tokens.shape[0]
+    x = tokens.reshape(b, *grid, patch, patch, -1).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, grid[0] * patch, grid[1] * patch, -1)
+
+
+def layer_norm(x: Float[Array, "*b d"], epsilon: float = 1e-6) -> Float[Array, "*b d"]:
+    """Layer norm without affine parameters, statistics in float32, result in the dtype of `x`."""
+    y = x.astype(jnp.float32)
+    y = y - y.mean(-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + epsilon)
+    return y.astype(x.dtype)
+
+
+def modulate(
+    x: Float[Array, "b t d"], shift: Float[Array, "b d"], scale: Float[Array, "b d"]
+) -> Float[Array, "b t d"]:
+    """``x (1 + scale) + shift``, one shift and scale per image."""
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+def check_attention(backend: str) -> None:
+    if backend not in ATTENTION_BACKENDS:
+        raise UserError(f"attention: {backend!r} is none of {', '.join(ATTENTION_BACKENDS)}")
+
+
+def attention(
+    q: Float[Array, "b t n d"],
+    k: Float[Array, "b s n d"],
+    v: Float[Array, "b s n d"],
+    *,
+    backend: str = "auto",
+) -> Float[Array, "b t n d"]:
+    """Softmax attention over `s`, heads `n`, logits scaled by ``1/sqrt(d)``, softmax in float32.
+
+    Backends: ``xla`` runs everywhere and has a forward-mode derivative; ``cudnn`` is the fused
+    kernel (GPU, 16-bit activations, head size a multiple of 8; reverse mode only); ``auto`` takes
+    cudnn where it can run, else xla.
+    """
+    check_attention(backend)
+    if backend == "auto":
+        fits = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0
+        backend = "cudnn" if fits and jax.default_backend() == "gpu" else "xla"
+    if backend == "cudnn":
+        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+    logits = jnp.einsum("btnd,bsnd->bnts", q, k, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(logits / math.sqrt(q.shape[-1]), axis=-1).astype(q.dtype)
+    return jnp.einsum("bnts,bsnd->btnd", weights, v)
