@@ -53,21 +53,24 @@ def default_config() -> ConfigDict:
     # ---- latent cache (data/latents.py)
     config.encode = ConfigDict()
     config.encode.mirror = False  # store the encoded mirror image too: a latent cannot be flipped
+    config.encode.splits = ("train",)  # splits of the source that get a cache
     config.encode.batch_size = 256  # images over all devices
     config.encode.shard_size = 16384  # examples a shard; a shard is the unit of resume
 
     # ---- velocity network (models/)
     config.model = ConfigDict()
-    config.model.name = "DiT"  # DiT, or a published size such as DiT-B/2 (models.SIZES)
-    config.model.hidden = placeholder(int)  # width; unset: the size's own
+    config.model.name = "DiT"  # DiT, or a published size such as DiT-B/2 (models.create_model)
+    config.model.dtype = "float32"  # activations: float32 | bfloat16; parameters stay float32
+    # Fields of the named network; unset ones keep the network's own default, and a field that the
+    # network does not have is refused.
+    config.model.hidden = placeholder(int)  # width
     config.model.depth = placeholder(int)  # blocks
     config.model.heads = placeholder(int)
-    config.model.patch = placeholder(int)  # latent pixels a token side
-    config.model.time_scale = 1000.0  # t in [0,1] times this enters the sinusoids; 1: LFM's weights
-    config.model.dtype = "float32"  # activations: float32 | bfloat16; parameters stay float32
-    config.model.remat = "none"  # recompute activations: none | full | dots
-    config.model.scan_blocks = True  # one compiled block for all: compiles ~10x faster
-    config.model.attention = "auto"  # auto | xla | cudnn
+    config.model.patch = placeholder(int)  # latent pixels along a token's side
+    config.model.time_scale = placeholder(float)  # t times this enters the sinusoids; LFM: 1
+    config.model.remat = placeholder(str)  # recomputation of activations in the backward pass
+    config.model.scan_blocks = placeholder(bool)  # one compiled block for all: ~10x faster compile
+    config.model.attention = placeholder(str)  # auto | xla | cudnn
 
     # ---- training of the velocity network (jobs/train.py)
     config.train = ConfigDict()

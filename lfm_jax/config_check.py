@@ -52,7 +52,6 @@ _RULES: dict[str, Rule] = {
     "encode.shard_size": _at_least(1),
     "model.time_scale": _more_than(0),
     "model.dtype": _one_of("float32", "bfloat16"),
-    "model.attention": _one_of("auto", "xla", "cudnn"),
     "train.steps": _at_least(1),
     "train.batch_size": _at_least(1),
     "train.accumulate": _at_least(1),

@@ -1,0 +1,107 @@
+"""From config to objects: the images, the codec, the network and its optimizer.
+
+Every job that needs one of them gets it here, so that two jobs cannot build different ones.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import optax
+from ml_collections import ConfigDict
+
+from lfm_jax import checkpoints
+from lfm_jax.config import overrides
+from lfm_jax.data import ImageSource, open_images
+from lfm_jax.errors import UserError
+from lfm_jax.models import create_model
+from lfm_jax.optim import adamw, learning_rate
+from lfm_jax.vae import AutoencoderKL, Codec, identity_codec, load_vae, make_codec
+from lfm_jax.workdir import Workdir
+
+
+def images(config: ConfigDict, split: str) -> ImageSource:
+    """The images of a split, checked against the config's class count."""
+    data = config.data
+    source = open_images(
+        data.source,
+        split=split,
+        path=data.path or "",
+        image_size=data.image_size,
+        channels=data.channels,
+        num_classes=data.num_classes,
+        limit=data.limit,
+    )
+    return source
+
+
+def autoencoder(config: ConfigDict) -> AutoencoderKL:
+    """The untrained autoencoder that `config.autoencoder` describes."""
+    section = config.autoencoder
+    for width in section.block_out_channels:
+        if width % section.norm_groups:
+            raise UserError(
+                f"--config.autoencoder.norm_groups={section.norm_groups}: expected a divisor of "
+                f"every entry of block_out_channels={tuple(section.block_out_channels)}"
+            )
+    model = AutoencoderKL(
+        in_channels=config.data.channels,
+        out_channels=config.data.channels,
+        block_out_channels=tuple(section.block_out_channels),
+        layers_per_block=section.layers_per_block,
+        latent_channels=section.latent_channels,
+        norm_num_groups=section.norm_groups,
+        mid_block_add_attention=section.mid_attention,
+    )
+    if config.data.image_size % model.factor:
+        raise UserError(
+            f"--config.data.image_size={config.data.image_size}: expected a multiple of the "
+            f"autoencoder's factor {model.factor}"
+        )
+    return model
+
+
+def codec(config: ConfigDict, workdir: Workdir) -> Codec:
+    """The codec between images and scaled latents: trained here, loaded, or the identity."""
+    section = config.autoencoder
+    if section.kind == "identity":
+        return identity_codec(config.data.channels)
+    if section.kind == "pretrained":
+        model, params = load_vae(section.weights)
+        return make_codec(model, params)
+    result = workdir.require_result("autoencode")
+    params = checkpoints.load_params(workdir.autoencoder / "checkpoints")
+    return make_codec(
+        autoencoder(config), params, scale=result["latent_scale"], shift=result["latent_shift"]
+    )
+
+
+def network(config: ConfigDict) -> nn.Module:
+    """The velocity network."""
+    fields = overrides(config.model)
+    return create_model(fields.pop("name"), num_classes=config.data.num_classes, **fields)
+
+
+def optimizer(section: ConfigDict) -> optax.GradientTransformation:
+    """AdamW as `config.train` says."""
+    rate = learning_rate(
+        section.learning_rate,
+        steps=section.steps,
+        warmup_steps=section.warmup_steps,
+        schedule=section.schedule,
+        final=section.learning_rate_final,
+    )
+    return adamw(
+        rate,
+        b1=section.b1,
+        b2=section.b2,
+        weight_decay=section.weight_decay,
+        grad_clip=section.grad_clip,
+    )
+
+
+def section(config: ConfigDict, *names: str) -> dict[str, Any]:
+    """Sections of the config as JSON, for a job's `inputs`."""
+    from lfm_jax.config import to_json
+
+    full = to_json(config)
+    return {name: full[name] for name in names}

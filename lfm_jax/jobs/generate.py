@@ -1,0 +1,167 @@
+"""From sample indices to images: one compiled program of noise, solve and decode.
+
+The noise of sample ``i`` is a function of the seed and of ``i`` alone; the solve and the decoder
+are row-wise. So neither the batch size nor the topology changes a sample.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+from jaxtyping import Int
+from ml_collections import ConfigDict
+
+from lfm_jax import rng, sharding
+from lfm_jax.errors import UserError
+from lfm_jax.flow import NetworkVelocity, classifier_free, sample
+from lfm_jax.jobs import build
+from lfm_jax.models import Cond
+from lfm_jax.vae import Codec
+from lfm_jax.workdir import Workdir
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generator:
+    """What turns (params, indices, labels) into uint8 images; build it with `from_config`."""
+
+    model: nn.Module
+    codec: Codec
+    mesh: Mesh
+    latent_shape: tuple[int, int, int]
+    num_classes: int
+    seed: int
+    guidance: dict[str, Any]
+    solver: dict[str, Any]
+
+    @classmethod
+    def from_config(
+        cls, config: ConfigDict, workdir: Workdir, latent_shape: tuple[int, int, int]
+    ) -> "Generator":
+        """The sampler that `config.sample` describes."""
+        section = config.sample
+        return cls(
+            model=build.network(config),
+            codec=build.codec(config, workdir),
+            mesh=sharding.make_mesh(config.mesh.data, config.mesh.fsdp),
+            latent_shape=latent_shape,
+            num_classes=config.data.num_classes,
+            seed=section.seed,
+            guidance={
+                "scale": section.guidance,
+                "interval": tuple(section.guidance_interval),
+                "channels": section.guidance_channels or None,
+            },
+            solver={
+                "solver": section.solver,
+                "num_steps": section.num_steps,
+                "grid": section.grid,
+                "rtol": section.rtol,
+                "atol": section.atol,
+                "error_norm": section.error_norm,
+            },
+        )
+
+    def __call__(
+        self, params: Any, indices: Sequence[int], labels: Int[np.ndarray, " n"] | None
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Images ``[n, H, W, C]`` uint8 on the host, and the solver's counts.
+
+        `n` may be anything; it is filled up to a multiple of the devices.
+        """
+        n = len(indices)
+        padding = -n % self.mesh.size
+        placement = sharding.batch_sharding(self.mesh)
+
+        def place(values) -> jax.Array:
+            values = np.concatenate([values, np.repeat(values[-1:], padding, axis=0)])
+            return jax.make_array_from_callback(values.shape, placement, lambda i: values[i])
+
+        indices = place(np.asarray(indices, np.uint32))
+        labels = place(np.asarray(labels, np.int32)) if self.num_classes else None
+        images, stats = _generate(self._static(), self.codec, params, indices, labels)
+        return sharding.fetch(images)[:n], sharding.fetch(stats)
+
+    def _static(self) -> tuple:
+        """The hashable part, on which the program is compiled."""
+        return (
+            self.model,
+            self.latent_shape,
+            self.num_classes,
+            self.seed,
+            tuple(self.guidance.items()),
+            tuple(self.solver.items()),
+        )
+
+
+@partial(jax.jit, static_argnums=0)
+def _generate(static: tuple, codec: Codec, params: Any, indices, labels):
+    model, latent_shape, num_classes, seed, guidance, solver = static
+    keys = rng.stream_keys(jax.random.key(seed), rng.Stream.SAMPLE, indices)
+    noise = rng.normal(keys, latent_shape)
+    velocity = NetworkVelocity(params=params, cond=Cond(label=labels), model=model)
+    if num_classes:
+        velocity = classifier_free(velocity, num_classes=num_classes, **dict(guidance))
+    latents, stats = sample(velocity, noise, **dict(solver))
+    return to_uint8(codec.decode(latents)), stats
+
+
+def to_uint8(images: jax.Array) -> jax.Array:
+    """[-1, 1] -> bytes, rounded to the nearest level."""
+    return jnp.round(jnp.clip((images + 1) * 127.5, 0, 255)).astype(jnp.uint8)
+
+
+def sample_labels(config: ConfigDict) -> Int[np.ndarray, " n"] | None:
+    """The class of every sample index, or None for an unconditional model.
+
+    Raises:
+        UserError: a class out of range or a list that is not one.
+    """
+    classes, count = config.data.num_classes, config.sample.num_samples
+    if not classes:
+        return None
+    indices = np.arange(count)
+    wanted = config.sample.labels
+    if wanted == "balanced":
+        return (indices % classes).astype(np.int32)
+    if wanted == "uniform":
+        keys = rng.stream_keys(
+            jax.random.key(config.sample.seed), rng.Stream.SAMPLE_LABEL, indices.astype(np.uint32)
+        )
+        return np.asarray(jax.vmap(lambda k: jax.random.randint(k, (), 0, classes))(keys))
+    try:
+        chosen = [int(part) for part in wanted.split(",")]
+    except ValueError as error:
+        raise UserError(
+            f"--config.sample.labels={wanted}: expected balanced, uniform or classes like 3,7"
+        ) from error
+    for label in chosen:
+        if not 0 <= label < classes:
+            raise UserError(
+                f"--config.sample.labels={wanted}: class {label} is not in 0..{classes - 1}"
+            )
+    return np.asarray(chosen, np.int32)[indices % len(chosen)]
+
+
+def class_name_rows(
+    config: ConfigDict, *, per_class: int
+) -> tuple[list[str], np.ndarray | None, int]:
+    """A grid's layout: row labels, the class of each cell, and the number of columns."""
+    classes = config.data.num_classes
+    if not classes:
+        return [], np.zeros(per_class**2, np.int32), per_class
+    shown = min(classes, 10)
+    names = build.images(config, "train").class_names[:shown]
+    return list(names), np.repeat(np.arange(shown, dtype=np.int32), per_class), per_class
+
+
+def load_samples(path: epath.PathLike) -> dict[str, np.ndarray]:
+    """The arrays of a samples file; no pickled object is ever loaded."""
+    with epath.Path(path).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+        return dict(arrays)

@@ -1,0 +1,53 @@
+"""Run what is missing of autoencode, encode, train, sample, evaluate, in order."""
+
+import importlib
+import time
+from typing import Any
+
+from absl import logging
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from lfm_jax import sharding
+from lfm_jax.workdir import Workdir, is_done, write_result
+
+_STAGES = ("autoencode", "encode", "train", "sample", "evaluate")
+
+
+def stages(config: ConfigDict) -> tuple[str, ...]:
+    """The stages that this config has: only a codec of one's own has to be trained."""
+    return _STAGES if config.autoencoder.kind == "train" else _STAGES[1:]
+
+
+def inputs(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
+    return {name: workdir.result(name)["provenance"]["inputs"] for name in stages(config)}
+
+
+def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
+    """Run each stage unless its result stands and its inputs are the same."""
+    seconds, results = {}, {}
+    for name in stages(config):
+        job = importlib.import_module(f"lfm_jax.jobs.{name}")
+        wanted = job.inputs(config, workdir)
+        if is_done(workdir, name, wanted):
+            logging.info("%s: done already", name)
+            if sharding.is_main_process():
+                tqdm.write(f"{name}: done already, its inputs have not changed", file=_stderr())
+            results[name] = workdir.result(name)
+            continue
+        start = time.perf_counter()
+        figures = job.run(config, workdir)
+        seconds[name] = round(time.perf_counter() - start, 1)
+        figures["seconds"] = seconds[name]
+        results[name] = write_result(workdir, name, config, job.inputs(config, workdir), figures)
+    return {"seconds": seconds, "evaluate": _figures(results["evaluate"])}
+
+
+def _figures(result: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in result.items() if key not in ("job", "provenance")}
+
+
+def _stderr():
+    import sys
+
+    return sys.stderr

@@ -1,0 +1,112 @@
+"""Solve the flow for N samples, decode, and write ``samples.npz`` with a labelled grid.
+
+The samples are written in parts as they come; a killed job goes on with the parts that are missing.
+"""
+
+import io
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from lfm_jax import checkpoints, sharding
+from lfm_jax.config import content_hash
+from lfm_jax.data import open_cache
+from lfm_jax.jobs import build
+from lfm_jax.jobs.generate import Generator, class_name_rows, load_samples, sample_labels
+from lfm_jax.workdir import Workdir
+from lfm_jax.writers import image_grid, save_image, write_bytes
+
+_PER_CLASS = 10  # columns of the grid
+
+
+def inputs(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
+    sampling = build.section(config, "sample")
+    for key in ("batch_size", "png"):
+        del sampling["sample"][key]
+    return {"checkpoint": workdir.require_result("train")["checkpoint"], **sampling}
+
+
+def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
+    section = config.sample
+    cache = open_cache(workdir.latents("train"))
+    labels = sample_labels(config)
+    generator = Generator.from_config(config, workdir, cache.latent_shape)
+    step = checkpoints.latest_step(workdir.checkpoints)
+    params = checkpoints.load_params(workdir.checkpoints, ema=section.ema)
+    params = jax.device_put(params, sharding.state_sharding(params, generator.mesh))
+
+    # ---- the samples, part by part
+    parts = workdir.samples / f"parts-{content_hash(inputs(config, workdir))[:16]}"
+    starts = range(0, section.num_samples, section.batch_size)
+    paths = [parts / f"{start:08d}.npz" for start in starts]
+    seconds, evaluations = [], []
+    with tqdm(total=section.num_samples, desc="sample", unit="img") as bar:
+        for start, path in zip(starts, paths, strict=True):
+            stop = min(start + section.batch_size, section.num_samples)
+            if not path.exists():
+                begin = time.perf_counter()
+                chosen = None if labels is None else labels[start:stop]
+                images, stats = generator(params, range(start, stop), chosen)
+                seconds.append((time.perf_counter() - begin) / (stop - start))
+                if sharding.is_main_process():
+                    write_bytes(path, _npz(images=images, **_counts(stats)))
+            bar.update(stop - start)
+
+    # ---- one file, one picture
+    chunks = [load_samples(path) for path in paths]
+    images = np.concatenate([chunk["images"] for chunk in chunks])
+    evaluations = {name: np.mean([c[name] for c in chunks]) for name in ("nfe", "network_calls")}
+    if sharding.is_main_process():
+        arrays = {"arr_0": images} if labels is None else {"arr_0": images, "arr_1": labels}
+        write_bytes(workdir.samples / "samples.npz", _npz(**arrays))
+        save_image(workdir.samples / "grid.png", _grid(config, images, labels))
+        if section.png:
+            _write_pngs(workdir, images)
+        parts.rmtree()
+    return {
+        "num_samples": section.num_samples,
+        "checkpoint_step": step,
+        "ema": section.ema,
+        "solver": section.solver,
+        "guidance": section.guidance,
+        **{name: float(value) for name, value in evaluations.items()},
+        # The first part holds the compilation.
+        "images_per_second": float(1 / np.median(seconds[1:])) if len(seconds) > 1 else None,
+    }
+
+
+def _counts(stats: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name: np.mean(np.asarray(stats[name])) for name in ("nfe", "network_calls")}
+
+
+def _npz(**arrays: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    return buffer.getvalue()
+
+
+def _grid(config: ConfigDict, images: np.ndarray, labels: np.ndarray | None):
+    """The first samples of each class, a row a class; without classes the first hundred."""
+    if labels is None:
+        return image_grid(images[: _PER_CLASS**2], columns=_PER_CLASS)
+    names, _, _ = class_name_rows(config, per_class=1)
+    rows, cells = [], []
+    for label, name in enumerate(names):
+        found = images[labels == label][:_PER_CLASS]
+        if len(found):
+            blank = np.full((_PER_CLASS - len(found), *images.shape[1:]), 255, np.uint8)
+            cells.append(np.concatenate([found, blank]))
+            rows.append(name)
+    return image_grid(np.concatenate(cells), columns=_PER_CLASS, row_labels=rows)
+
+
+def _write_pngs(workdir: Workdir, images: np.ndarray) -> None:
+    from PIL import Image
+
+    for i, image in enumerate(tqdm(images, desc="png", unit="img")):
+        picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+        save_image(workdir.samples / "png" / f"{i:06d}.png", picture)

@@ -1,0 +1,134 @@
+"""Train the velocity network on the latent cache."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from lfm_jax import checkpoints, sharding
+from lfm_jax.config import to_json
+from lfm_jax.data import LatentCache, latent_batches, open_cache
+from lfm_jax.errors import UserError
+from lfm_jax.flow import flow_matching_loss
+from lfm_jax.jobs import build
+from lfm_jax.jobs.fit import fit
+from lfm_jax.jobs.generate import Generator, class_name_rows
+from lfm_jax.models import forward_macs, init_params
+from lfm_jax.state import TrainState, create_state, make_step
+from lfm_jax.workdir import Workdir
+from lfm_jax.writers import image_grid, save_image
+
+
+def inputs(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
+    cache = open_cache(workdir.latents("train"))
+    sections = build.section(config, "seed", "loss", "init", "model", "train")
+    for key in ("log_every", "save_every", "keep", "preview_every", "in_memory"):
+        del sections["train"][key]
+    return {"cache": cache.fingerprint, **sections}
+
+
+def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
+    section = config.train
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    sharding.check_batch(mesh, "train.batch_size", section.batch_size // section.accumulate)
+
+    # ---- data
+    codec = build.codec(config, workdir)
+    cache = open_cache(workdir.latents("train"), encoder=codec.fingerprint)
+    latent_shape = cache.latent_shape
+    if cache.num_classes_seen > config.data.num_classes > 0:
+        raise UserError(
+            f"--config.data.num_classes={config.data.num_classes}: the cache holds label "
+            f"{cache.num_classes_seen - 1}"
+        )
+
+    # ---- network, objective, state
+    key = jax.random.key(config.seed)
+    model = build.network(config)
+    tx = build.optimizer(section)
+    loss = flow_matching_loss(
+        model,
+        scale=codec.scale,
+        shift=codec.shift,
+        num_classes=config.data.num_classes,
+        label_drop=section.label_drop,
+        mirror=section.mirror,
+        time_sampling=section.time_sampling,
+    )
+    state = create_state(
+        lambda: init_params(model, key, latent_shape), tx, mesh, ema=section.ema_decay > 0
+    )
+    state = _start_from(config.init, state)
+    step = make_step(loss, tx, key, ema_decay=section.ema_decay, accumulate=section.accumulate)
+
+    # ---- the loop
+    state, figures = fit(
+        "train",
+        state,
+        step,
+        lambda start: latent_batches(
+            cache,
+            global_batch=section.batch_size,
+            seed=config.seed,
+            start=start,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            in_memory=section.in_memory,
+        ),
+        folder=workdir.checkpoints,
+        logs=workdir.logs,
+        mesh=mesh,
+        steps=section.steps,
+        batch_size=section.batch_size,
+        record={
+            "cache": cache.fingerprint,
+            "seed": config.seed,
+            "global_batch": section.batch_size,
+        },
+        config=to_json(config),
+        log_every=section.log_every,
+        save_every=section.save_every,
+        keep=section.keep,
+        train_flops=6.0 * forward_macs(model, latent_shape),
+        preview=_previews(config, workdir, cache) if section.preview_every else None,
+        preview_every=section.preview_every,
+    )
+    params = checkpoints.load_params(workdir.checkpoints)
+    return {
+        **figures,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        "examples_drawn": section.steps * section.batch_size,
+        "checkpoint": checkpoints.fingerprint(params),
+    }
+
+
+def _start_from(init: str | None, state: TrainState) -> TrainState:
+    """The state with the weights of another workdir, when `config.init` names one."""
+    if init is None:
+        return state
+    from etils import epath
+
+    params = checkpoints.load_params(Workdir(epath.Path(init)).checkpoints)
+    found, wanted = (jax.tree.map(lambda x: x.shape, tree) for tree in (params, state.params))
+    if found != wanted:
+        raise UserError(f"--config.init={init}: its network is another one; expected {wanted}")
+    placed = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), params, state.params)
+    ema = None if state.ema is None else jax.tree.map(lambda x: x.copy(), placed)
+    return state.replace(params=placed, ema=ema)
+
+
+def _previews(
+    config: ConfigDict, workdir: Workdir, cache: LatentCache
+) -> Callable[[TrainState, int], None]:
+    """A picture of the same few noises every time, so that two steps can be compared."""
+    generator = Generator.from_config(config, workdir, cache.latent_shape)
+    rows, labels, columns = class_name_rows(config, per_class=8)
+
+    def preview(state: TrainState, step: int) -> None:
+        images, _ = generator(state.best_params, range(len(labels)), labels)
+        if sharding.is_main_process():
+            picture = image_grid(images, columns=columns, row_labels=rows)
+            save_image(workdir.previews / f"step_{step:07d}.png", picture)
+
+    return preview

@@ -1,0 +1,90 @@
+"""The command line: flags, processes, config checks, then the job.
+
+python -m lfm_jax.main --config=configs/NAME.py[:variant] --workdir=DIR [--job=JOB]
+    [--config.key=value ...]
+"""
+
+import json
+import os
+import sys
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from lfm_jax import errors
+
+HELP = """Latent flow matching: train, sample and measure.
+
+  python -m lfm_jax.main --config=configs/digits.py --workdir=runs/digits
+
+  --config=FILE[:VARIANT]   an experiment of configs/; configs/base.py lists every field
+  --config.KEY=VALUE        override one field, e.g. --config.train.steps=500
+  --workdir=DIR             where the run lives; the same command goes on where it stopped
+  --job=JOB                 one stage instead of the config's own job:
+{jobs}
+
+Exit status: 0 done, 2 a mistake in flags or input, 75 preempted after saving (rerun), 1 the rest.
+"""
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment file, lock on.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder.")
+_JOB = flags.DEFINE_string("job", None, "Stage to run; default: the config's job.")
+
+
+def run() -> None:
+    """Console entry point; the exit status is described in `HELP`."""
+    app.run(main, flags_parser=_parse_flags)
+
+
+def main(_: list[str]) -> None:
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    try:
+        from lfm_jax import jobs, sharding
+        from lfm_jax.config_check import check_config
+
+        config = _CONFIG.value
+        if _JOB.value:
+            config.job = _JOB.value
+        check_config(config)
+        sharding.initialize_distributed()
+        result = jobs.run_job(config.job, config, _WORKDIR.value)
+    except errors.UserError as error:
+        _end(error, errors.USER_MISTAKE)
+    except errors.Preempted as error:
+        _end(error, errors.PREEMPTED)
+    except FloatingPointError as error:
+        _end(error, errors.FAILED)
+    if sharding.is_main_process():
+        print(json.dumps(result), flush=True)
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    """absl's parser, with every mistake as one line and exit status 2."""
+    if {"--help", "-h", "--helpfull"} & set(argv):
+        from lfm_jax.jobs import JOBS
+
+        lines = "\n".join(f"      {name:<12}{summary}" for name, (_, summary) in JOBS.items())
+        print(HELP.format(jobs=lines))
+        sys.exit(errors.OK)
+    try:
+        rest = flags.FLAGS(argv)
+        if len(rest) > 1:
+            raise errors.UserError(f"{rest[1]!r}: expected --flag=value")
+        for flag in (_CONFIG, _WORKDIR):
+            if flag.value is None:
+                raise errors.UserError(f"--{flag.name} is missing; see --help")
+    except Exception as error:  # config files are code: whatever they raise is the user's to mend
+        _end(error, errors.USER_MISTAKE)
+    logging.set_verbosity(logging.WARNING)
+    return rest
+
+
+def _end(error: Exception, status: int) -> None:
+    line = " ".join(str(error).split()) or type(error).__name__
+    print(f"lfm_jax: {line}", file=sys.stderr, flush=True)
+    # A peer that is waiting in a collective must not keep this process alive.
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    run()

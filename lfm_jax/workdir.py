@@ -1,0 +1,162 @@
+"""A run's folder: where everything lies, whose it is, and which of its stages are done.
+
+No absolute path is stored, so that a copied folder goes on working. Whether a stage is done is
+decided by content: its result file holds a hash of everything that it depended on.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+from typing import Any
+
+import jax
+from etils import epath
+from ml_collections import ConfigDict
+
+from lfm_jax import config as config_lib
+from lfm_jax.errors import UserError
+from lfm_jax.writers import write_json
+
+# The parts of a config that the arrays in a workdir are bound to. What is left out may change
+# between two runs in one workdir (how long, how often, how to sample, how to measure).
+_FREE_TRAIN = ("steps", "log_every", "save_every", "keep", "preview_every", "in_memory")
+_FREE_AUTOENCODER = ("steps",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Workdir:
+    """Paths of a run's folder; `root` may be a ``gs://`` address."""
+
+    root: epath.Path
+
+    @property
+    def config(self) -> epath.Path:
+        return self.root / "config.json"
+
+    @property
+    def autoencoder(self) -> epath.Path:
+        return self.root / "autoencoder"
+
+    @property
+    def checkpoints(self) -> epath.Path:
+        return self.root / "checkpoints"
+
+    @property
+    def extractors(self) -> epath.Path:
+        return self.root / "extractors"
+
+    @property
+    def samples(self) -> epath.Path:
+        return self.root / "samples"
+
+    @property
+    def previews(self) -> epath.Path:
+        return self.root / "previews"
+
+    @property
+    def logs(self) -> epath.Path:
+        return self.root / "logs"
+
+    def latents(self, split: str) -> epath.Path:
+        """The latent cache of a split."""
+        return self.root / "latents" / split
+
+    def result_path(self, job: str) -> epath.Path:
+        return self.root / "results" / f"{job}.json"
+
+    def result(self, job: str) -> dict[str, Any] | None:
+        """The result file of a job, or None where it has not ended."""
+        path = self.result_path(job)
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def require_result(self, job: str) -> dict[str, Any]:
+        """The result file of a job that must have run before.
+
+        Raises:
+            UserError: it has not.
+        """
+        result = self.result(job)
+        if result is None:
+            raise UserError(
+                f"{self.result_path(job)} is missing: run --job={job} (or --job=pipeline) first"
+            )
+        return result
+
+
+def identity(config: ConfigDict) -> dict[str, Any]:
+    """The part of a config that the checkpoints and caches of a workdir are bound to."""
+    full = config_lib.to_json(config)
+    for key in _FREE_TRAIN:
+        del full["train"][key]
+    for key in _FREE_AUTOENCODER:
+        del full["autoencoder"][key]
+    del full["encode"]["batch_size"]
+    del full["data"]["path"]
+    kept = ("seed", "loss", "data", "autoencoder", "encode", "model", "train")
+    return {key: full[key] for key in kept}
+
+
+def claim(workdir: Workdir, config: ConfigDict) -> None:
+    """Take a workdir for this config: write its config.json, or refuse one that is another's.
+
+    Raises:
+        UserError: the workdir holds another config's checkpoints; the message names the keys.
+    """
+    wanted = identity(config)
+    if workdir.config.exists():
+        try:
+            found = json.loads(workdir.config.read_text())["identity"]
+        except (ValueError, KeyError) as error:
+            raise UserError(
+                f"{workdir.config}: expected the JSON that a run of lfm_jax wrote; "
+                "remove it or choose another --workdir"
+            ) from error
+        if found != wanted:
+            differing = _differing(found, wanted)
+            raise UserError(
+                f"--workdir={workdir.root} holds another config's run; differing: {differing}; "
+                "expected the same values, or another --workdir"
+            )
+    write_json(workdir.config, {"identity": wanted, "config": config_lib.to_json(config)})
+
+
+def _differing(found: dict, wanted: dict, prefix: str = "") -> str:
+    parts = []
+    for key in sorted({*found, *wanted}):
+        old, new = found.get(key), wanted.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            parts.append(_differing(old, new, f"{prefix}{key}."))
+        elif old != new:
+            parts.append(f"{prefix}{key} (there {old!r}, here {new!r})")
+    return ", ".join(part for part in parts if part)
+
+
+def write_result(
+    workdir: Workdir, job: str, config: ConfigDict, inputs: dict[str, Any], figures: dict[str, Any]
+) -> dict[str, Any]:
+    """Write ``results/<job>.json``: the figures and what they depend on."""
+    packages = ("jax", "flax", "optax", "orbax-checkpoint", "diffrax", "numpy")
+    result = {
+        "job": job,
+        **figures,
+        "provenance": {
+            "inputs": config_lib.content_hash(inputs),
+            "config": config_lib.content_hash(config_lib.to_json(config)),
+            "seed": config.seed,
+            "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+            "processes": jax.process_count(),
+            "versions": {
+                "lfm_jax": importlib.metadata.version("lfm_jax"),
+                **{name: importlib.metadata.version(name) for name in packages},
+            },
+        },
+    }
+    if jax.process_index() == 0:
+        write_json(workdir.result_path(job), result)
+    return result
+
+
+def is_done(workdir: Workdir, job: str, inputs: dict[str, Any]) -> bool:
+    """Whether a job ended with exactly these inputs."""
+    result = workdir.result(job)
+    return result is not None and result["provenance"]["inputs"] == config_lib.content_hash(inputs)
