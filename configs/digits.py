@@ -8,7 +8,7 @@ docs/results/pipeline.json. `:smoke` runs every stage in seconds and reaches not
 
 from ml_collections import ConfigDict
 
-from lfm_jax.config import default_config
+from lfm_jax.config import default_config, smoke, variants
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -47,22 +47,4 @@ def get_config(variant: str = "") -> ConfigDict:
 
     config.evaluate.classifier_epochs = 30
     config.evaluate.svc = True
-    if variant == "smoke":
-        _shrink(config)
-    elif variant:
-        raise ValueError(f"configs/digits.py:{variant}: expected no variant or smoke")
-    return config
-
-
-def _shrink(config: ConfigDict) -> None:
-    config.autoencoder.steps = 20
-    config.model.hidden = 32
-    config.model.depth = 2
-    config.train.steps = 40
-    config.train.log_every = 10
-    config.train.save_every = 20
-    config.train.preview_every = 0
-    config.sample.num_samples = 100
-    config.sample.batch_size = 50
-    config.sample.num_steps = 4
-    config.evaluate.classifier_epochs = 1
+    return variants(config, variant, smoke=lambda c: smoke(c, synthetic=False))

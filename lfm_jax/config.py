@@ -7,10 +7,13 @@ holds the accepted ranges and is applied before any job starts.
 
 import hashlib
 import json
+from collections.abc import Callable
 from typing import Any
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
+
+from lfm_jax.errors import UserError
 
 
 def default_config() -> ConfigDict:
@@ -144,3 +147,85 @@ def content_hash(value: Any) -> str:
 def overrides(section: ConfigDict) -> dict[str, Any]:
     """The fields of a section that are set, without the unset placeholders."""
     return {key: value for key, value in section.items() if value is not None}
+
+
+def sd_latents_256(config: ConfigDict) -> ConfigDict:
+    """What LFM's experiments at 256x256 share: SD VAE latents with mirrors, dopri5, 50,000 samples."""
+    config.data.image_size = 256
+    config.data.channels = 3
+    config.autoencoder.kind = "pretrained"
+    config.autoencoder.weights = "stabilityai/sd-vae-ft-mse"
+    config.encode.mirror = True
+    config.model.dtype = "bfloat16"
+    config.train.mirror = True
+    config.train.log_every = 100
+    config.train.save_every = 10_000
+    config.sample.num_samples = 50_000
+    config.sample.solver = "dopri5"
+    config.sample.rtol = 1e-5
+    config.sample.atol = 1e-5
+    return config
+
+
+def variants(
+    config: ConfigDict, name: str, **choices: Callable[[ConfigDict], ConfigDict]
+) -> ConfigDict:
+    """The config as its file's variant changes it; `smoke` is there for every file.
+
+    Args:
+        config: changed in place and returned.
+        name: what stands behind the colon in ``--config=FILE:NAME``; empty for none.
+        **choices: variant name (with "_" for "/") -> what it changes.
+
+    Raises:
+        UserError: an unknown variant.
+    """
+    choices = {"smoke": smoke, **choices}
+    if not name:
+        return config
+    key = name.replace("/", "_")
+    if key not in choices:
+        known = ", ".join(choice.replace("_", "/") for choice in choices)
+        raise UserError(f"--config=...:{name}: expected no variant or one of {known}")
+    return choices[key](config)
+
+
+def smoke(config: ConfigDict, *, synthetic: bool = True) -> ConfigDict:
+    """Shrink an experiment until every stage of it runs in seconds on a CPU; it learns nothing.
+
+    Args:
+        config: changed in place and returned.
+        synthetic: replace the images by small synthetic ones, so that no data set is needed.
+    """
+    if synthetic:
+        config.data.source = "synthetic"
+        config.data.path = ""
+        config.data.image_size = 16
+        config.data.limit = 256
+        config.autoencoder.kind = "train"
+        config.autoencoder.block_out_channels = (8, 8, 16)
+        config.autoencoder.norm_groups = 4
+        config.autoencoder.layers_per_block = 1
+    config.autoencoder.steps = 10
+    config.autoencoder.batch_size = 32
+    config.model.name = "DiT"
+    config.model.hidden = 32
+    config.model.depth = 2
+    config.model.heads = 2
+    config.model.patch = 2
+    config.model.dtype = "float32"
+    config.train.steps = 20
+    config.train.batch_size = 32
+    config.train.log_every = 5
+    config.train.save_every = 10
+    config.train.preview_every = 10
+    config.train.warmup_steps = 5
+    config.sample.num_samples = 60
+    config.sample.batch_size = 30
+    config.sample.num_steps = 4
+    config.sample.rtol = None
+    config.sample.atol = None
+    config.evaluate.num_real = 50
+    config.evaluate.classifier_epochs = 1
+    config.evaluate.classifier_width = 4
+    return config

@@ -1,7 +1,7 @@
 """Judges that know no network: a support vector machine on pixels, and within-class spread.
 
-Class accuracy alone rewards blurred class means; the spread of pixels within a class, beside that of
-real images, shows a generator that has lost variety.
+Class accuracy alone rewards blurred class means; the spread of pixels within a class, beside that
+of real images, shows a generator that has lost variety.
 """
 
 import numpy as np

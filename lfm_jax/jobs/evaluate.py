@@ -1,8 +1,8 @@
 """Measure samples against held-out real images, beside the floor and the autoencoder's own error.
 
 Every Frechet distance stands next to two that say what it can mean: real train images against the
-same held-out ones (the floor: no generator can be expected below it) and the held-out images through
-the autoencoder (what sampling in its latent space cannot mend).
+same held-out ones (the floor: no generator can be expected below it) and the held-out images
+through the autoencoder (what sampling in its latent space cannot mend).
 """
 
 import functools
