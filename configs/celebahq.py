@@ -4,7 +4,8 @@
         --config.data.path=FOLDER
 
 Hardware: the paper trained on one A100, batch 32.
-Expected time, from the closed FLOP form at 40 % MFU on one H200: about 4.4 h. The latents take 0.9 GB with mirrors.
+Expected time, from the closed FLOP form at 40 % MFU on one H200: about 4.4 h.
+The latents take 0.9 GB with mirrors.
 Expected figure: FID-50K 5.26 (README of VinAIResearch/LFM, DiT-L/2, dopri5 at 1e-5,
 pytorch-fid on JPEG files). Not reproduced here.
 """

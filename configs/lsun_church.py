@@ -4,7 +4,8 @@
         --config.data.path=FOLDER
 
 Hardware: the paper trained on two A100, batch 48 each.
-Expected time, from the closed FLOP form at 40 % MFU on one H200: about 24 h. The latents take 3.9 GB with mirrors.
+Expected time, from the closed FLOP form at 40 % MFU on one H200: about 24 h.
+The latents take 3.9 GB with mirrors.
 Expected figure: FID-50K 5.54 (README of VinAIResearch/LFM, DiT-L/2, dopri5 at 1e-5,
 pytorch-fid on JPEG files). Not reproduced here.
 """

@@ -150,7 +150,7 @@ def overrides(section: ConfigDict) -> dict[str, Any]:
 
 
 def sd_latents_256(config: ConfigDict) -> ConfigDict:
-    """What LFM's experiments at 256x256 share: SD VAE latents with mirrors, dopri5, 50,000 samples."""
+    """What LFM's experiments at 256x256 share: SD VAE latents with mirrors, dopri5, 50k samples."""
     config.data.image_size = 256
     config.data.channels = 3
     config.autoencoder.kind = "pretrained"
