@@ -1,0 +1,28 @@
+"""Pixels to latents and back: the SD VAE in Flax, its weights, and codecs for jobs."""
+
+from lfm_jax.vae.autoencoder import AutoencoderKL, DiagonalGaussian, from_moments, init_vae
+from lfm_jax.vae.codec import (
+    Codec,
+    encoder_fingerprint,
+    from_uint8,
+    identity_codec,
+    make_codec,
+    measure_scale,
+    to_uint8,
+)
+from lfm_jax.vae.loss import autoencoder_loss
+
+__all__ = [
+    "AutoencoderKL",
+    "Codec",
+    "DiagonalGaussian",
+    "autoencoder_loss",
+    "encoder_fingerprint",
+    "from_moments",
+    "from_uint8",
+    "identity_codec",
+    "init_vae",
+    "make_codec",
+    "measure_scale",
+    "to_uint8",
+]
