@@ -13,12 +13,12 @@ Parameters of all blocks are stacked ``[depth, ...]`` under ``blocks``, whether 
 (`scan_blocks`: compile time independent of the depth) or unrolled (XLA may fuse across blocks).
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.linen.initializers import normal, xavier_uniform, zeros
+from flax.linen.initializers import normal, zeros
 from jaxtyping import Array, Float
 
 from lfm_jax.errors import UserError
@@ -51,13 +51,11 @@ class Block(nn.Module):
         b, t, d = x.shape
         head = (self.heads, d // self.heads)
 
-        def dense(features: int, name: str, init: Callable | None = None) -> nn.Dense:
-            return nn.Dense(
-                features, kernel_init=init or xavier_uniform(), dtype=self.dtype, name=name
-            )
+        def dense(features: int, name: str, **options) -> layers.Dense:
+            return layers.Dense(features, dtype=self.dtype, name=name, **options)
 
         # One product for all six vectors; c has been through the SiLU (once, not per block).
-        steering = jnp.split(dense(6 * d, "modulation", zeros)(c), 6, axis=-1)
+        steering = jnp.split(dense(6 * d, "modulation", init=zeros)(c), 6, axis=-1)
         shift1, scale1, gate1, shift2, scale2, gate2 = steering
 
         y = layers.modulate(layers.layer_norm(x), shift1, scale1)
@@ -71,7 +69,7 @@ class Block(nn.Module):
             k, v = jnp.split(dense(2 * d, "cross_kv")(tokens), 2, axis=-1)
             k, v = (z.reshape(b, -1, *head) for z in (k, v))
             y = layers.attention(q, k, v, backend=self.attention).reshape(b, t, d)
-            x = x + dense(d, "cross_out", zeros)(y)
+            x = x + dense(d, "cross_out", init=zeros)(y)
 
         y = layers.modulate(layers.layer_norm(x), shift2, scale2)
         y = nn.gelu(dense(int(d * self.mlp_ratio), "mlp_in")(y), approximate=True)
@@ -147,20 +145,16 @@ class DiT(nn.Module):
             x = jnp.concatenate([x, cond.spatial.astype(x.dtype)], axis=-1)
 
         tokens = layers.patchify(x, self.patch)
-        tokens = nn.Dense(self.hidden, kernel_init=_patch_init, dtype=self.dtype, name="patch")(
-            tokens
-        )
+        tokens = layers.Dense(self.hidden, dtype=self.dtype, name="patch")(tokens)
         tokens = tokens + layers.position_table(*grid, self.hidden).astype(self.dtype)
 
         c = nn.silu(self._condition(t, cond)).astype(self.dtype)
         tokens = self._trunk(tokens, c, cond.tokens if self.context_dim else None, taps)
 
-        final = nn.Dense(
-            2 * self.hidden, kernel_init=zeros, dtype=self.dtype, name="final_modulation"
-        )
+        final = layers.Dense(2 * self.hidden, init=zeros, dtype=self.dtype, name="final_modulation")
         tokens = layers.modulate(layers.layer_norm(tokens), *jnp.split(final(c), 2, axis=-1))
-        head = nn.Dense(
-            self.patch**2 * out_channels, kernel_init=zeros, dtype=self.dtype, name="final_out"
+        head = layers.Dense(
+            self.patch**2 * out_channels, init=zeros, dtype=self.dtype, name="final_out"
         )
         velocity = layers.unpatchify(head(tokens).astype(jnp.float32), self.patch, grid)
         return taps.output(velocity)
@@ -179,8 +173,8 @@ class DiT(nn.Module):
     def _condition(self, t: Array, cond: Cond) -> Float[Array, "b d"]:
         """Time plus label, in float32: it is tiny, and rounding it shifts the whole image."""
         c = layers.sinusoid(t * self.time_scale, TIME_DIM, endpoint=self.time_endpoint)
-        c = nn.Dense(self.hidden, kernel_init=normal(0.02), name="time_in")(c)
-        c = nn.Dense(self.hidden, kernel_init=normal(0.02), name="time_out")(nn.silu(c))
+        c = layers.Dense(self.hidden, init=normal(0.02), name="time_in")(c)
+        c = layers.Dense(self.hidden, init=normal(0.02), name="time_out")(nn.silu(c))
         if self.num_classes or self.null_row:
             rows = nn.Embed(
                 self.num_classes + 1, self.hidden, embedding_init=normal(0.02), name="labels"
@@ -239,11 +233,6 @@ def unstack(stacked: dict, depth: int) -> list[dict]:
     leaves, treedef = jax.tree.flatten(stacked)
     parts = [[p.squeeze(0) for p in jax.lax.split(leaf, (1,) * depth)] for leaf in leaves]
     return [jax.tree.unflatten(treedef, part) for part in zip(*parts, strict=True)]
-
-
-def _patch_init(key: Array, shape: tuple[int, ...], dtype=jnp.float32) -> Array:
-    """Xavier-uniform on the patch projection seen as a matrix [patch values, hidden]."""
-    return xavier_uniform()(key, shape, dtype)
 
 
 def forward_macs(model: DiT, latent_shape: tuple[int, int, int], in_channels: int = 0) -> int:
