@@ -10,14 +10,17 @@ from lfm_jax.features.classifier import (
     train_classifier,
 )
 from lfm_jax.features.extractor import Extractor
+from lfm_jax.features.published import PUBLISHED, open_extractor
 from lfm_jax.features.resize import center_crop, resize, resize_matrix
 
 __all__ = [
+    "PUBLISHED",
     "Classifier",
     "Extractor",
     "center_crop",
     "classifier_accuracy",
     "load_extractor",
+    "open_extractor",
     "predict",
     "read_extractor_metadata",
     "resize",

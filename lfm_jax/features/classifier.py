@@ -8,7 +8,7 @@ Seeds and widths are arguments: what a loss was trained on must not be its only 
 
 import functools
 import os
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from lfm_jax.errors import UserError
 from lfm_jax.features.extractor import Extractor, read_params, write_params
 
 
+@runtime_checkable
 class LabelledImages(Protocol):
     """What is asked of a source: ``len``, ``batch(indices)``, ``num_classes``, ``fingerprint``."""
 

@@ -129,7 +129,7 @@ def write_params(path: str | os.PathLike, params, metadata: dict) -> None:
     data = safetensors.flax.save(tensors, metadata={"lfm_jax": json.dumps(metadata)})
     partial = path.parent / f".{path.name}.partial"
     partial.write_bytes(data)
-    partial.rename(path)
+    partial.replace(path)
 
 
 def read_params(path: str | os.PathLike) -> tuple[dict, dict]:

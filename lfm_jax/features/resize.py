@@ -9,6 +9,7 @@ rule            weights of output pixel i, scale = in / out                who u
 ``tf1``         2 taps at ``i * scale``; no half pixel, no antialias       ADM, torch-fidelity, EDM
 ``torch``       2 taps at ``(i + 1/2) scale - 1/2``; no antialias          pytorch-fid, and LFM by it
 ``clean``       bicubic (a = -1/2) stretched by ``max(scale, 1)``          clean-fid (PIL, mode F)
+``bicubic``     the same, not clipped                                      EDM2's DINOv2 (torch)
 ``bilinear``    triangle stretched by ``max(scale, 1)``                    PIL and antialiased torch
 ``lanczos``     3-lobed sinc stretched by ``max(scale, 1)``                PIL
 ==============  =========================================================  ==========================
@@ -42,8 +43,13 @@ def _lanczos(x: np.ndarray) -> np.ndarray:
     return np.where(np.abs(x) < 3, np.sinc(x) * np.sinc(x / 3), 0.0)
 
 
-KERNELS = {"clean": (_bicubic, 2.0), "bilinear": (_triangle, 1.0), "lanczos": (_lanczos, 3.0)}
-RULES = ("tf1", "torch", "clean", "bilinear", "lanczos")
+KERNELS = {
+    "clean": (_bicubic, 2.0),
+    "bicubic": (_bicubic, 2.0),
+    "bilinear": (_triangle, 1.0),
+    "lanczos": (_lanczos, 3.0),
+}
+RULES = ("tf1", "torch", *KERNELS)
 
 
 @functools.lru_cache(maxsize=64)

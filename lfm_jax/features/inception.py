@@ -1,0 +1,272 @@
+"""InceptionV3 as in TensorFlow's graph of 2015-12-05: the network that FID is defined by.
+
+What differs from the InceptionV3 of model zoos: 1008 outputs; average pools inside the blocks divide by
+the pixels in the image and not by nine; the pool branch of the last block is a max pool; convolutions
+are valid in the stem and in the strided blocks. Batch norms (epsilon 1e-3) are constants at inference
+and are folded into the convolutions when the weights are read.
+
+Outputs: ``features [b, 2048]`` (mean over the last 8x8 map, the graph's ``pool_3``); ``logits [b, 1008]``
+without the bias, as the inception score of the reference implementation takes them; and ``spatial
+[b, 2023]``, the first 7 channels of ``mixed_6/conv`` in row-major NHWC order, for sFID (Nash et al.,
+2021). That node of the graph is the rectified output: its convolution is called ``mixed_6/conv/Conv2D``.
+"""
+
+import os
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from lfm_jax.errors import UserError
+from lfm_jax.features import weights
+from lfm_jax.features.extractor import Extractor
+
+PUBLISHED = weights.Published(
+    url="https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+    "pt_inception-2015-12-05-6726825d.pth",
+    sha256_prefix="6726825d",
+)
+# Name of the pipeline: (resize rule, mean, std) in bytes.
+PIPELINES = {
+    "tf1": ("tf1", 128.0, 128.0),
+    "torch": ("torch", 127.5, 127.5),
+    "clean": ("clean", 128.0, 128.0),
+}
+
+
+class Conv(nn.Module):
+    """Convolution with bias and ReLU; `pad` zeros on each side."""
+
+    features: int
+    kernel: tuple[int, int] = (1, 1)
+    stride: int = 1
+    pad: tuple[int, int] = (0, 0)
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 k"]:
+        shape = (*self.kernel, x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.he_normal(), shape)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        x = jax.lax.conv_general_dilated(
+            x,
+            kernel,
+            (self.stride, self.stride),
+            [(p, p) for p in self.pad],
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        return nn.relu(x + bias)
+
+
+def _max_pool(x, stride, padding="VALID"):
+    return nn.max_pool(x, (3, 3), (stride, stride), padding)
+
+
+def _average_pool(x):
+    return nn.avg_pool(x, (3, 3), (1, 1), "SAME", count_include_pad=False)
+
+
+# Chains of (name, features, kernel, stride); padding keeps the size unless the stride is 2.
+_7x7 = lambda c, n: [  # noqa: E731
+    [("branch1x1", 192, (1, 1), 1)],
+    [
+        ("branch7x7_1", c, (1, 1), 1),
+        ("branch7x7_2", c, (1, 7), 1),
+        ("branch7x7_3", n, (7, 1), 1),
+    ],
+    [
+        ("branch7x7dbl_1", c, (1, 1), 1),
+        ("branch7x7dbl_2", c, (7, 1), 1),
+        ("branch7x7dbl_3", c, (1, 7), 1),
+        ("branch7x7dbl_4", c, (7, 1), 1),
+        ("branch7x7dbl_5", n, (1, 7), 1),
+    ],
+]
+_5x5 = [
+    [("branch1x1", 64, (1, 1), 1)],
+    [("branch5x5_1", 48, (1, 1), 1), ("branch5x5_2", 64, (5, 5), 1)],
+    [
+        ("branch3x3dbl_1", 64, (1, 1), 1),
+        ("branch3x3dbl_2", 96, (3, 3), 1),
+        ("branch3x3dbl_3", 96, (3, 3), 1),
+    ],
+]
+
+
+class Block(nn.Module):
+    """Parallel chains of convolutions beside a pool, concatenated; `pool` features 0: pool alone.
+
+    A chain's last entry may be a pair of convolutions of the same input.
+    """
+
+    chains: tuple
+    pool: int
+    max_pool: bool = False
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 k"]:
+        outputs = []
+        for chain in self.chains:
+            y = x
+            for link in chain:
+                pair = link if isinstance(link[0], tuple) else (link,)
+                y = [_conv(self, one)(y) for one in pair]
+                y = jnp.concatenate(y, -1) if len(y) > 1 else y[0]
+            outputs.append(y)
+        if not self.pool:
+            outputs.append(_max_pool(x, 2))
+        else:
+            y = _max_pool(x, 1, ((1, 1), (1, 1))) if self.max_pool else _average_pool(x)
+            outputs.append(Conv(self.pool, name="branch_pool")(y))
+        return jnp.concatenate(outputs, -1)
+
+
+def _conv(parent: nn.Module, link: tuple) -> Conv:
+    name, features, kernel, stride = link
+    pad = tuple(k // 2 for k in kernel) if stride == 1 else (0, 0)
+    return Conv(features, kernel, stride, pad, name=name, parent=parent)
+
+
+def _freeze(chains: list) -> tuple:
+    return tuple(tuple(chain) for chain in chains)
+
+
+def _last_block(max_pool: bool) -> dict:
+    chains = [
+        [("branch1x1", 320, (1, 1), 1)],
+        [
+            ("branch3x3_1", 384, (1, 1), 1),
+            (("branch3x3_2a", 384, (1, 3), 1), ("branch3x3_2b", 384, (3, 1), 1)),
+        ],
+        [
+            ("branch3x3dbl_1", 448, (1, 1), 1),
+            ("branch3x3dbl_2", 384, (3, 3), 1),
+            (("branch3x3dbl_3a", 384, (1, 3), 1), ("branch3x3dbl_3b", 384, (3, 1), 1)),
+        ],
+    ]
+    return {"chains": _freeze(chains), "pool": 192, "max_pool": max_pool}
+
+
+BLOCKS = {
+    "Mixed_5b": {"chains": _freeze(_5x5), "pool": 32},
+    "Mixed_5c": {"chains": _freeze(_5x5), "pool": 64},
+    "Mixed_5d": {"chains": _freeze(_5x5), "pool": 64},
+    "Mixed_6a": {
+        "chains": _freeze(
+            [
+                [("branch3x3", 384, (3, 3), 2)],
+                [
+                    ("branch3x3dbl_1", 64, (1, 1), 1),
+                    ("branch3x3dbl_2", 96, (3, 3), 1),
+                    ("branch3x3dbl_3", 96, (3, 3), 2),
+                ],
+            ]
+        ),
+        "pool": 0,
+    },
+    "Mixed_6b": {"chains": _freeze(_7x7(128, 192)), "pool": 192},
+    "Mixed_6c": {"chains": _freeze(_7x7(160, 192)), "pool": 192},
+    "Mixed_6d": {"chains": _freeze(_7x7(160, 192)), "pool": 192},
+    "Mixed_6e": {"chains": _freeze(_7x7(192, 192)), "pool": 192},
+    "Mixed_7a": {
+        "chains": _freeze(
+            [
+                [("branch3x3_1", 192, (1, 1), 1), ("branch3x3_2", 320, (3, 3), 2)],
+                [
+                    ("branch7x7x3_1", 192, (1, 1), 1),
+                    ("branch7x7x3_2", 192, (1, 7), 1),
+                    ("branch7x7x3_3", 192, (7, 1), 1),
+                    ("branch7x7x3_4", 192, (3, 3), 2),
+                ],
+            ]
+        ),
+        "pool": 0,
+    },
+    "Mixed_7b": _last_block(max_pool=False),
+    "Mixed_7c": _last_block(max_pool=True),
+}
+
+
+class InceptionV3(nn.Module):
+    """``x [b, 299, 299, 3]`` on [-1, 1] -> features 2048, logits 1008, spatial 2023."""
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w 3"]) -> dict[str, Array]:
+        x = Conv(32, (3, 3), 2, name="Conv2d_1a_3x3")(x)
+        x = Conv(32, (3, 3), name="Conv2d_2a_3x3")(x)
+        x = Conv(64, (3, 3), pad=(1, 1), name="Conv2d_2b_3x3")(x)
+        x = _max_pool(x, 2)
+        x = Conv(80, name="Conv2d_3b_1x1")(x)
+        x = Conv(192, (3, 3), name="Conv2d_4a_3x3")(x)
+        x = _max_pool(x, 2)
+        for name, block in BLOCKS.items():
+            x = Block(**block, name=name)(x)
+            if name == "Mixed_6d":  # `mixed_6` in the graph, which counts from the first block
+                spatial = x[..., :7].reshape(x.shape[0], -1)
+        features = x.mean((1, 2))
+        kernel = self.param("fc", nn.initializers.lecun_normal(), (2048, 1008))
+        return {"features": features, "logits": features @ kernel, "spatial": spatial}
+
+
+def params_from_torch(tensors: dict) -> dict:
+    """Flax parameters of a state dict under the names that pytorch-fid and torch-fidelity use.
+
+    Raises `UserError` if a tensor is missing or of another shape (a model zoo's 1000 outputs).
+    """
+    weights.require(tensors, {"fc.weight": (1008, 2048)}, "Inception 2015-12-05")
+    model = InceptionV3()
+    image = jax.ShapeDtypeStruct((1, 299, 299, 3), jnp.float32)
+    template = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
+
+    def read(tree, path):
+        if "kernel" not in tree:
+            return {k: read(v, [*path, k]) for k, v in tree.items()}
+        name = ".".join(path)
+        shape = tuple(tree["kernel"].shape[i] for i in (3, 2, 0, 1))
+        norm = {f"{name}.bn.{k}": shape[:1] for k in ("weight", "bias")}
+        norm |= {f"{name}.bn.running_{k}": shape[:1] for k in ("mean", "var")}
+        weights.require(tensors, {f"{name}.conv.weight": shape, **norm}, "Inception 2015-12-05")
+        return weights.fold_batch_norm(tensors, f"{name}.conv", f"{name}.bn")
+
+    convolutions = {k: v for k, v in template.items() if k != "fc"}
+    return {**read(convolutions, []), "fc": tensors["fc.weight"].T}
+
+
+def inception(
+    path: str | os.PathLike = "", *, pipeline: str = "tf1", check: bool = True
+) -> Extractor:
+    """The FID extractor from the published weights.
+
+    Args:
+        path: torch or safetensors file; empty fetches it once into the cache folder.
+        pipeline: ``tf1`` (ADM, torch-fidelity, EDM), ``torch`` (pytorch-fid) or ``clean`` (clean-fid).
+        check: refuse a file whose sha256 is not the published one (a conversion has another).
+
+    Raises:
+        UserError: no such file, another hash, another network, or an unknown pipeline.
+    """
+    check_pipeline(pipeline)
+    file = weights.locate(path, PUBLISHED if check else weights.Published(url=PUBLISHED.url))
+    return make_inception(params_from_torch(weights.read_tensors(file)), pipeline=pipeline)
+
+
+def make_inception(params: dict, *, pipeline: str = "tf1", name: str = "Inception") -> Extractor:
+    """An extractor of `params` of `InceptionV3`; call it FID only if they are the published ones."""
+    rule, mean, std = PIPELINES[check_pipeline(pipeline)]
+    return Extractor(
+        params=jax.tree.map(jnp.asarray, params),
+        model=InceptionV3(),
+        name=name,
+        dim=2048,
+        input_size=299,
+        resize=rule,
+        mean=(mean,),
+        std=(std,),
+    )
+
+
+def check_pipeline(pipeline: str) -> str:
+    """`pipeline` if it is one, else `UserError` with the list."""
+    if pipeline not in PIPELINES:
+        raise UserError(f"evaluate.pipeline: {pipeline!r}; accepted: {', '.join(PIPELINES)}")
+    return pipeline
