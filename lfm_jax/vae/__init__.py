@@ -11,9 +11,12 @@ from lfm_jax.vae.codec import (
     to_uint8,
 )
 from lfm_jax.vae.loss import autoencoder_loss
+from lfm_jax.vae.tiny import AutoencoderTiny
+from lfm_jax.vae.weights import load_vae, save_vae
 
 __all__ = [
     "AutoencoderKL",
+    "AutoencoderTiny",
     "Codec",
     "DiagonalGaussian",
     "autoencoder_loss",
@@ -22,7 +25,9 @@ __all__ = [
     "from_uint8",
     "identity_codec",
     "init_vae",
+    "load_vae",
     "make_codec",
     "measure_scale",
+    "save_vae",
     "to_uint8",
 ]

@@ -70,6 +70,7 @@ class Encoder(nn.Module):
     norm_groups: int
     norm_eps: float
     mid_attention: bool
+    attention_levels: tuple[int, ...]
     dtype: Any
     precision: str | None
 
@@ -85,6 +86,7 @@ class Encoder(nn.Module):
                 self.norm_groups,
                 self.norm_eps,
                 resample="down" if i < last else "",
+                attention=i in self.attention_levels,
                 **options,
                 name=f"down_blocks_{i}",
             )(x)
@@ -106,6 +108,7 @@ class Decoder(nn.Module):
     norm_groups: int
     norm_eps: float
     mid_attention: bool
+    attention_levels: tuple[int, ...]
     dtype: Any
     precision: str | None
 
@@ -124,6 +127,7 @@ class Decoder(nn.Module):
                 self.norm_groups,
                 self.norm_eps,
                 resample="up" if i < last else "",
+                attention=last - i in self.attention_levels,
                 **options,
                 name=f"up_blocks_{i}",
             )(x)
@@ -145,6 +149,7 @@ class AutoencoderKL(nn.Module):
         norm_groups: groups of every group norm; must divide every width.
         norm_eps: added to the variance.
         mid_attention: self-attention between the two residual blocks at the lowest resolution.
+        attention_levels: levels (0 the finest) with attention after every residual block, too.
         use_quant_conv: a 1x1 convolution after the encoder (absent in SD3 and FLUX).
         use_post_quant_conv: a 1x1 convolution before the decoder (absent in SD3 and FLUX).
         scaling_factor: the family's latent scale, ``z = (sample - shift) * scale``.
@@ -161,6 +166,7 @@ class AutoencoderKL(nn.Module):
     norm_groups: int = 32
     norm_eps: float = 1e-6
     mid_attention: bool = True
+    attention_levels: tuple[int, ...] = ()
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
     scaling_factor: float = 0.18215
@@ -186,6 +192,7 @@ class AutoencoderKL(nn.Module):
             "norm_groups": self.norm_groups,
             "norm_eps": self.norm_eps,
             "mid_attention": self.mid_attention,
+            "attention_levels": tuple(self.attention_levels),
             "dtype": self.dtype,
             "precision": self.precision,
         }

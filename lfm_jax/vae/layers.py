@@ -238,13 +238,14 @@ class Upsample(nn.Module):
 
 
 class LevelBlock(nn.Module):
-    """Residual blocks at one resolution, then an optional change of resolution ("down" or "up")."""
+    """Residual blocks (each with attention, if asked for), then "down", "up" or no resampling."""
 
     features: int
     layers: int
     groups: int
     eps: float = 1e-6
     resample: str = ""
+    attention: bool = False
     dtype: Any = jnp.float32
     precision: str | None = None
 
@@ -256,6 +257,8 @@ class LevelBlock(nn.Module):
                 self.features, self.groups, self.eps, **options, name=f"resnets_{i}"
             )
             x = block(x)
+            if self.attention:
+                x = Attention(self.groups, self.eps, **options, name=f"attentions_{i}")(x)
         if self.resample == "down":
             x = Downsample(**options, name="downsamplers_0")(x)
         if self.resample == "up":
