@@ -72,7 +72,7 @@ class Block(nn.Module):
             x = x + dense(d, "cross_out", init=zeros)(y)
 
         y = layers.modulate(layers.layer_norm(x), shift2, scale2)
-        y = nn.gelu(dense(int(d * self.mlp_ratio), "mlp_in")(y), approximate=True)
+        y = layers.gelu(dense(int(d * self.mlp_ratio), "mlp_in")(y))
         return x + gate2[:, None] * dense(d, "mlp_out")(y)
 
 

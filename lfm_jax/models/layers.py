@@ -4,6 +4,7 @@ Statistics of norms, softmax and time embeddings are computed in float32 whateve
 dtype; matrix products run in the activations' dtype with float32 parameters cast on the way.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -118,12 +119,64 @@ class Dense(nn.Module):
         return y.reshape(*x.shape[:-1], self.features)
 
 
+# The next three have hand-written derivatives for one reason: what is kept for the backward pass.
+# Differentiated by rule, a GELU keeps five arrays of its size, a softmax and a norm two each; here
+# it is one. They are JVP rules, so that forward mode and higher derivatives work too.
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def layer_norm(x: Float[Array, "*b d"], epsilon: float = 1e-6) -> Float[Array, "*b d"]:
     """Layer norm without affine parameters, statistics in float32, result in the dtype of `x`."""
+    return _normalise(x, epsilon)[0]
+
+
+def _normalise(x: Array, epsilon: float) -> tuple[Array, Array]:
     y = x.astype(jnp.float32)
     y = y - y.mean(-1, keepdims=True)
-    y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + epsilon)
-    return y.astype(x.dtype)
+    inverse = jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + epsilon)
+    return (y * inverse).astype(x.dtype), inverse
+
+
+@layer_norm.defjvp
+def _layer_norm_jvp(epsilon: float, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    y, inverse = _normalise(primals[0], epsilon)
+    unit, dx = y.astype(jnp.float32), tangents[0].astype(jnp.float32)
+    along = unit * (unit * dx).mean(-1, keepdims=True)
+    return y, (inverse * (dx - dx.mean(-1, keepdims=True) - along)).astype(y.dtype)
+
+
+@jax.custom_jvp
+def gelu(x: Float[Array, "*b"]) -> Float[Array, "*b"]:
+    """``x Phi(x)`` by the tanh formula (Hendrycks & Gimpel 2016)."""
+    return _gelu_parts(x)[0]
+
+
+def _gelu_parts(x: Array) -> tuple[Array, Array]:
+    """The value and the derivative, which share their tanh."""
+    a, b = math.sqrt(2 / math.pi), 0.044715
+    tanh = jnp.tanh(a * (x + b * x * x * x))
+    half = 0.5 * (1 + tanh)
+    slope = half + 0.5 * x * (1 - tanh * tanh) * a * (1 + 3 * b * x * x)
+    return x * half, slope
+
+
+@gelu.defjvp
+def _gelu_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    y, slope = _gelu_parts(primals[0])
+    return y, slope * tangents[0]
+
+
+@jax.custom_jvp
+def softmax(logits: Float[Array, "*b s"]) -> Float[Array, "*b s"]:
+    """Over the last axis, in the dtype given."""
+    weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
+    return weights / weights.sum(-1, keepdims=True)
+
+
+@softmax.defjvp
+def _softmax_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    weights, change = softmax(primals[0]), tangents[0]
+    return weights, weights * (change - (weights * change).sum(-1, keepdims=True))
 
 
 def modulate(
@@ -157,6 +210,7 @@ def attention(
         backend = "cudnn" if fits and jax.default_backend() == "gpu" else "xla"
     if backend == "cudnn":
         return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+    # Scaling q touches t d numbers a head where scaling the logits touches t s.
+    q = q * (1 / math.sqrt(q.shape[-1]))
     logits = jnp.einsum("btnd,bsnd->bnts", q, k, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(logits / math.sqrt(q.shape[-1]), axis=-1).astype(q.dtype)
-    return jnp.einsum("bnts,bsnd->btnd", weights, v)
+    return jnp.einsum("bnts,bsnd->btnd", softmax(logits).astype(q.dtype), v)
