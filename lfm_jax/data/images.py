@@ -1,0 +1,149 @@
+"""Where pixels come from: `open_images` opens every kind of source under one interface.
+
+| source | path | splits |
+|---|---|---|
+| ``digits`` | unused (bundled with scikit-learn, 8x8 gray) | train, test: 4 in 5, 1 in 5 of a class |
+| ``idx`` | folder of MNIST-format files, gzip or not | train, test (t10k) |
+| ``folder`` | class-per-subfolder images, or flat; labels also from CSV or dataset.json | subfolders |
+| ``zip`` | the same inside a zip file | subfolders |
+| ``lmdb`` | NVAE's raw bytes, or torchvision's LSUN | train, validation |
+| ``tfds:<name>`` | TFDS data folder, prepared as ArrayRecord | as prepared |
+| ``synthetic`` | unused: coloured gratings, for smoke runs | train, test |
+"""
+
+import dataclasses
+
+import numpy as np
+
+from lfm_jax.data.folder import open_folder, open_zip
+from lfm_jax.data.idx import open_idx
+from lfm_jax.data.lmdb_images import open_lmdb
+from lfm_jax.data.pixels import MAX_PIXELS, Preprocess
+from lfm_jax.data.source import ImageSource, array_source, check_labels, hashed
+from lfm_jax.data.tfds_images import open_tfds
+from lfm_jax.errors import UserError
+
+SOURCES = ("digits", "idx", "folder", "zip", "lmdb", "tfds:<name>", "synthetic")
+_SYNTHETIC = 1024  # images when no limit is given
+
+
+def open_images(
+    source: str,
+    *,
+    split: str = "train",
+    path: str = "",
+    image_size: int = 0,
+    channels: int = 3,
+    num_classes: int = 0,
+    limit: int = 0,
+    fit: str = "",
+    labels: str = "",
+    max_pixels: int = MAX_PIXELS,
+) -> ImageSource:
+    """Open a set of images.
+
+    Args:
+        source: one of `SOURCES`.
+        split: the part of it; which ones there are depends on the source.
+        path: folder or file of the source.
+        image_size: side in pixels that every image is brought to; 0 keeps the stored size.
+        channels: 1 or 3.
+        num_classes: labels must lie in ``[0, num_classes)``; 0 accepts what is there.
+        limit: the first `limit` images only, in the source's own order; 0 takes all. LFM trained
+            LSUN on the first 120,000.
+        fit: "crop" or "pad" (see `Preprocess`); by default MNIST-like sources pad, others crop.
+        labels: CSV file of ``file,label`` rows, for ``folder`` and ``zip``.
+        max_pixels: larger stored images are refused.
+
+    Raises:
+        UserError: naming the source, path, file or index that is wrong and what is accepted.
+    """
+    kind, _, dataset = source.partition(":")
+    kinds = {name.partition(":")[0] for name in SOURCES}
+    if kind not in kinds or (kind == "tfds") != bool(dataset):
+        raise UserError(f"data.source={source!r}: expected one of {', '.join(SOURCES)}")
+    if limit < 0:
+        raise UserError(f"data.limit={limit}: expected a number of images, or 0 for all")
+    if kind in ("idx", "folder", "zip", "lmdb") and not path:
+        raise UserError(f"data.path is unset: source {source!r} needs a folder or file")
+    preprocess = Preprocess(
+        image_size=image_size,
+        channels=channels,
+        fit=fit or ("pad" if kind in ("digits", "idx") else "crop"),
+        max_pixels=max_pixels,
+    )
+    options = {"split": split, "preprocess": preprocess}
+    if kind == "digits":
+        opened = _open_digits(**options)
+    elif kind == "idx":
+        opened = open_idx(path, **options)
+    elif kind == "folder":
+        opened = open_folder(path, labels=labels, **options)
+    elif kind == "zip":
+        opened = open_zip(path, labels=labels, **options)
+    elif kind == "lmdb":
+        opened = open_lmdb(path, limit=limit, **options)
+    elif kind == "tfds":
+        opened = open_tfds(dataset, path=path, **options)
+    else:
+        opened = _open_synthetic(num_classes, limit or _SYNTHETIC, **options)
+    if limit and limit < len(opened):
+        opened = _first(opened, limit)
+    if num_classes:
+        if not opened.num_classes:
+            raise UserError(
+                f"data.num_classes={num_classes}: {opened.name} has no labels; expected 0"
+            )
+        if opened.labels is not None:
+            check_labels(opened.labels, num_classes, opened.name)
+        names = opened.class_names[:num_classes]
+        names += tuple(str(i) for i in range(len(names), num_classes))
+        opened = dataclasses.replace(opened, class_names=names)
+    return opened
+
+
+def _first(source: ImageSource, limit: int) -> ImageSource:
+    return dataclasses.replace(
+        source,
+        size=limit,
+        labels=None if source.labels is None else source.labels[:limit],
+        fingerprint=hashed(source.fingerprint, f"first {limit}"),
+    )
+
+
+def _open_digits(*, split: str, preprocess: Preprocess) -> ImageSource:
+    """The 1,797 8x8 digits of scikit-learn (values 0..16), every fifth of a class held out."""
+    from sklearn.datasets import load_digits
+
+    if split not in ("train", "test"):
+        raise UserError(f"digits split {split!r}: expected one of train, test")
+    bunch = load_digits()
+    labels = bunch.target.astype(np.int32)
+    place_in_class = np.zeros_like(labels)
+    for digit in range(10):
+        members = labels == digit
+        place_in_class[members] = np.arange(members.sum())
+    chosen = (place_in_class % 5 == 4) == (split == "test")
+    images = np.round(bunch.images[chosen] * (255 / 16)).astype(np.uint8)
+    names = tuple(str(digit) for digit in range(10))
+    return array_source("digits", preprocess.arrays(images, "digits"), labels[chosen], names)
+
+
+def _open_synthetic(
+    num_classes: int, count: int, *, split: str, preprocess: Preprocess
+) -> ImageSource:
+    """Gratings whose direction tells the class and whose phase and colour vary."""
+    if split not in ("train", "test"):
+        raise UserError(f"synthetic split {split!r}: expected one of train, test")
+    size, classes = preprocess.image_size or 16, max(num_classes, 1)
+    random = np.random.default_rng(split == "test")
+    labels = (np.arange(count) % classes).astype(np.int32)
+    angle = (np.pi * labels / classes)[:, None, None]
+    phase = random.uniform(0, 2 * np.pi, (count, 1, 1))
+    y, x = np.mgrid[:size, :size] * (4 * np.pi / size)
+    wave = 0.5 + 0.5 * np.sin(np.cos(angle) * x + np.sin(angle) * y + phase)
+    colour = random.uniform(0.3, 1.0, (count, 1, 1, preprocess.channels))
+    images = np.round(255 * wave[..., None] * colour).astype(np.uint8)
+    if not num_classes:
+        return array_source("synthetic", images, np.full(count, -1), ())
+    return array_source("synthetic", images, labels, tuple(str(i) for i in range(classes)))
