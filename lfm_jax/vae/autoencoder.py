@@ -113,12 +113,14 @@ class Decoder(nn.Module):
     precision: str | None
 
     @nn.compact
-    def __call__(self, z: Float[Array, "b h w c"]) -> Float[Array, "b i j d"]:
+    def __call__(self, z: Float[Array, "b h w c"], bottom: bool = False) -> Float[Array, "b i j d"]:
         options = {"dtype": self.dtype, "precision": self.precision}
         x = layers.Conv(self.block_out_channels[-1], **options, name="conv_in")(z)
         x = layers.MidBlock(
             self.norm_groups, self.norm_eps, self.mid_attention, **options, name="mid_block"
         )(x)
+        if bottom:
+            return x
         last = len(self.block_out_channels) - 1
         for i, features in enumerate(reversed(self.block_out_channels)):
             x = layers.LevelBlock(
@@ -228,6 +230,11 @@ class AutoencoderKL(nn.Module):
         check_latents(z.shape, channels=self.latent_channels)
         z = self.post_quant_conv(z) if self.use_post_quant_conv else z
         return self.decoder(z).astype(jnp.float32)
+
+    def decode_bottom(self, z: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
+        """Unscaled latents through the decoder's mid block: the part that tiling cannot cut."""
+        z = self.post_quant_conv(z) if self.use_post_quant_conv else z
+        return self.decoder(z, bottom=True)
 
     def __call__(self, images: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
         """Decode the posterior's mode: the reconstruction, and what `init` traces."""

@@ -225,6 +225,36 @@ def upsample_nearest(x: Float[Array, "b h w c"]) -> Float[Array, "b i j c"]:
     return x.reshape(b, 2 * h, 2 * w, c)
 
 
+def upsample_conv(
+    x: Float[Array, "b h w c"],
+    kernel: Float[Array, "3 3 c d"],
+    bias: Float[Array, " d"],
+    *,
+    precision: Any = None,
+) -> Float[Array, "b i j d"]:
+    """``convolve(upsample_nearest(x), kernel, bias)`` with 16/36 of the multiplications.
+
+    Output pixels of one parity see a 2x2 patch of ``x`` only: the taps that fall on the same input
+    pixel are summed beforehand, and one 2x2 convolution gives all four parities as channels.
+    """
+    b, h, w, c = x.shape
+    features = kernel.shape[-1]
+    taps = kernel.astype(jnp.float32)
+    even = jnp.stack([taps[0], taps[1] + taps[2]])
+    odd = jnp.stack([taps[0] + taps[1], taps[2]])
+    rows = jnp.stack([even, odd])  # [row parity, 2, 3, c, d]
+    even = jnp.stack([rows[:, :, 0], rows[:, :, 1] + rows[:, :, 2]], axis=2)
+    odd = jnp.stack([rows[:, :, 0] + rows[:, :, 1], rows[:, :, 2]], axis=2)
+    both = jnp.stack([even, odd])  # [column parity, row parity, 2, 2, c, d]
+    both = both.transpose(2, 3, 4, 1, 0, 5).reshape(2, 2, c, 4 * features).astype(kernel.dtype)
+    y = convolve(x, both, padding=SAME, precision=precision)
+    y = y.reshape(b, h + 1, w + 1, 2, 2, features)
+    # An even pixel 2i sees inputs i-1 and i, an odd pixel 2i+1 sees i and i+1.
+    rows = jnp.stack([y[:, :h, :, 0], y[:, 1:, :, 1]], axis=2)
+    pixels = jnp.stack([rows[:, :, :, :w, 0], rows[:, :, :, 1:, 1]], axis=4)
+    return pixels.reshape(b, 2 * h, 2 * w, features) + bias
+
+
 class Upsample(nn.Module):
     """Double height and width: nearest neighbour, then a 3x3 convolution (no checkerboard)."""
 
@@ -233,8 +263,23 @@ class Upsample(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b i j c"]:
-        x = upsample_nearest(x)
-        return Conv(x.shape[-1], dtype=self.dtype, precision=self.precision, name="conv")(x)
+        return UpsampleConv(x.shape[-1], self.dtype, self.precision, name="conv")(x)
+
+
+class UpsampleConv(nn.Module):
+    """`upsample_conv` with the parameters of the 3x3 convolution."""
+
+    features: int
+    dtype: Any = jnp.float32
+    precision: str | None = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b i j d"]:
+        shape = (3, 3, x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        x, kernel, bias = (v.astype(self.dtype) for v in (x, kernel, bias))
+        return upsample_conv(x, kernel, bias, precision=self.precision)
 
 
 class LevelBlock(nn.Module):
