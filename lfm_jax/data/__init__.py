@@ -1,6 +1,20 @@
 """Images in, latents cached, both streamed by position: the project's only readers of data."""
 
+from lfm_jax.data.cache_writer import CacheWriter
 from lfm_jax.data.images import SOURCES, open_images
+from lfm_jax.data.latents import LatentCache, open_cache
+from lfm_jax.data.loader import image_batches, latent_batches
+from lfm_jax.data.prefetch import prefetch
 from lfm_jax.data.source import ImageSource
 
-__all__ = ["SOURCES", "ImageSource", "open_images"]
+__all__ = [
+    "SOURCES",
+    "CacheWriter",
+    "ImageSource",
+    "LatentCache",
+    "image_batches",
+    "latent_batches",
+    "open_cache",
+    "open_images",
+    "prefetch",
+]

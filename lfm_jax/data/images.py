@@ -2,9 +2,9 @@
 
 | source | path | splits |
 |---|---|---|
-| ``digits`` | unused (bundled with scikit-learn, 8x8 gray) | train, test: 4 in 5, 1 in 5 of a class |
+| ``digits`` | unused (in scikit-learn, 8x8 gray) | train, test: every fifth of a class |
 | ``idx`` | folder of MNIST-format files, gzip or not | train, test (t10k) |
-| ``folder`` | class-per-subfolder images, or flat; labels also from CSV or dataset.json | subfolders |
+| ``folder`` | class-per-subfolder or flat; labels also by CSV, dataset.json | subfolders |
 | ``zip`` | the same inside a zip file | subfolders |
 | ``lmdb`` | NVAE's raw bytes, or torchvision's LSUN | train, validation |
 | ``tfds:<name>`` | TFDS data folder, prepared as ArrayRecord | as prepared |
