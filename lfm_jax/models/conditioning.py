@@ -9,7 +9,7 @@ class Cond:
     """The condition of a batch; absent parts are None, and a network ignores what it cannot use.
 
     Attributes:
-        label: class ids; ``num_classes`` is the null label (the loss drops labels, no network does).
+        label: class ids; ``num_classes`` is the null label (labels are dropped by the loss).
         spatial: a map at the latent's resolution, concatenated to the network's input channels.
         tokens: context tokens for cross-attention.
     """

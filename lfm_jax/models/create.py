@@ -13,9 +13,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Key
 
 from lfm_jax.errors import UserError
-from lfm_jax.models import dit
+from lfm_jax.models import dit, macs
+from lfm_jax.models.adm import ADM
 from lfm_jax.models.conditioning import Cond
+from lfm_jax.models.ddpm import DDPM
 from lfm_jax.models.dit import DiT
+from lfm_jax.models.songunet import SongUNet
+from lfm_jax.models.unet import UNet
 
 # name -> (module, its preset fields)
 NAMES: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
@@ -28,6 +32,24 @@ NAMES: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
         for size, (hidden, depth, heads) in dit.SIZES.items()
         for patch in dit.PATCHES
     },
+    "adm": (ADM, {}),
+    "adm_context": (ADM, {"context_dim": 1024}),
+    "unet": (UNet, {}),
+    "unet_context": (
+        UNet,
+        {"context_dim": 512, "head_channels": 32, "attention_resolutions": (16, 8, 4)},
+    ),
+    "ddpm++": (SongUNet, {}),
+    "ncsn++": (
+        SongUNet,
+        {
+            "embedding": "fourier",
+            "encoder": "residual",
+            "filter_taps": (1, 3, 3, 1),
+            "noise_mult": 2,
+        },
+    ),
+    "ddpm": (DDPM, {}),
 }
 
 
@@ -47,6 +69,8 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
     settings = {**preset, **overrides}
     if "dtype" in settings:
         settings["dtype"] = jnp.dtype(settings["dtype"])
+    # Lists come from JSON and config files; a module's fields must be hashable.
+    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
     return module(**settings)
 
 
@@ -72,10 +96,23 @@ def count_params(params: Any) -> int:
     return sum(int(leaf.size) for leaf in jax.tree.leaves(params))
 
 
-def forward_macs(model: nn.Module, latent_shape: tuple[int, int, int], in_channels: int = 0) -> int:
+def forward_macs(
+    model: nn.Module,
+    latent_shape: tuple[int, int, int],
+    in_channels: int = 0,
+    tokens: tuple[int, int] = (0, 0),
+) -> int:
     """Multiply-adds of one forward pass of one image of `latent_shape` (h, w, c).
 
-    `in_channels` counts a concatenated spatial condition in. A training step of one image is
-    ``6 * forward_macs`` floating-point operations.
+    `in_channels` counts a concatenated spatial condition in, `tokens` (n, width) a context. A
+    training step of one image is ``6 * forward_macs`` floating-point operations. A closed form for
+    a DiT, for the others the products of the traced program, exactly.
     """
-    return dit.forward_macs(model, latent_shape, in_channels)
+    h, w, c = latent_shape
+    if isinstance(model, DiT) and not tokens[0]:
+        return dit.forward_macs(model, latent_shape, in_channels)
+    spatial = jnp.zeros((1, h, w, in_channels - c)) if in_channels > c else None
+    cond = Cond(spatial=spatial, tokens=jnp.zeros((1, *tokens)) if tokens[0] else None)
+    x, t = jnp.zeros((1, h, w, c)), jnp.zeros((1,))
+    params = jax.eval_shape(model.init, jax.random.key(0), x, t, cond)
+    return macs.traced_macs(lambda p: model.apply(p, x, t, cond), params)

@@ -22,7 +22,7 @@ from flax.linen.initializers import normal, zeros
 from jaxtyping import Array, Float
 
 from lfm_jax.errors import UserError
-from lfm_jax.models import layers
+from lfm_jax.models import conventions, layers
 from lfm_jax.models.conditioning import Cond
 from lfm_jax.models.taps import Injection, Taps
 
@@ -93,6 +93,7 @@ class DiT(nn.Module):
             with 1 (what LFM and SiT trained with, hence parity with their weights) most of the
             embedding is constant over [0, 1] and neighbouring times are hard to tell apart.
         time_endpoint: frequencies end at 1e-4 exactly (diffusers' reading), not one step above.
+        convention: time and target that the parameters were trained with; see `conventions`.
         attention: ``auto``, ``xla`` or ``cudnn``; see `layers.attention`.
         remat: what is kept of a block for the backward pass; a name of `layers.REMAT_POLICIES`.
         scan_blocks: scan over the blocks or unroll them; parameters are the same.
@@ -110,6 +111,7 @@ class DiT(nn.Module):
     context_dim: int = 0
     time_scale: float = 1000.0
     time_endpoint: bool = False
+    convention: str = "flow"
     attention: str = "auto"
     remat: str = "none"
     scan_blocks: bool = True
@@ -119,6 +121,11 @@ class DiT(nn.Module):
     def taps(self) -> tuple[str, ...]:
         """Names of the hidden states: ``block_i`` is the output ``[b, t, d]`` of block i."""
         return tuple(f"block_{i:02d}" for i in range(self.depth))
+
+    @property
+    def t_max(self) -> float:
+        """The largest time at which the velocity is defined (below 1 for imported VP networks)."""
+        return conventions.t_max(self.convention)
 
     @nn.compact
     def __call__(
@@ -141,6 +148,8 @@ class DiT(nn.Module):
         taps = Taps(self.taps, capture, inject)
         out_channels = self.out_channels or x.shape[-1]
         grid = (x.shape[1] // self.patch, x.shape[2] // self.patch)
+        outer = (x, t)
+        x, t = conventions.enter(self.convention, x, t)
         if cond.spatial is not None:
             x = jnp.concatenate([x, cond.spatial.astype(x.dtype)], axis=-1)
 
@@ -156,8 +165,8 @@ class DiT(nn.Module):
         head = layers.Dense(
             self.patch**2 * out_channels, init=zeros, dtype=self.dtype, name="final_out"
         )
-        velocity = layers.unpatchify(head(tokens).astype(jnp.float32), self.patch, grid)
-        return taps.output(velocity)
+        output = layers.unpatchify(head(tokens).astype(jnp.float32), self.patch, grid)
+        return taps.output(conventions.leave(self.convention, output, *outer))
 
     def _check(self, x: Array, cond: Cond | None) -> None:
         layers.check_attention(self.attention)

@@ -33,11 +33,15 @@ def remat(function: Callable, policy: str, *, prevent_cse: bool = True) -> Calla
     Raises:
         UserError: an unknown policy.
     """
-    if policy not in REMAT_POLICIES:
-        raise UserError(f"remat: {policy!r} is none of {', '.join(REMAT_POLICIES)}")
+    check_remat(policy)
     if policy == "none":
         return function
     return jax.checkpoint(function, policy=REMAT_POLICIES[policy], prevent_cse=prevent_cse)
+
+
+def check_remat(policy: str) -> None:
+    if policy not in REMAT_POLICIES:
+        raise UserError(f"remat: {policy!r} is none of {', '.join(REMAT_POLICIES)}")
 
 
 def sinusoid(
