@@ -112,7 +112,7 @@ class LatentCache:
         path = self.folder / self._shards[shard]["file"]
         try:
             records = self._reader(shard).read(places.tolist())
-            for row, record in zip(rows, records, strict=True):
+            for row, record in zip(rows.tolist(), records, strict=True):
                 decode_record(record, self.features, batch, row)
         except (RecordError, RuntimeError, ValueError, IndexError, OSError) as error:
             reason = " ".join(str(error).split())[:200]
