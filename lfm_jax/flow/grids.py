@@ -11,6 +11,7 @@ the uniform ``u = i / num_steps`` from [0, 1] to [0, 1]:
 
 from collections.abc import Callable, Sequence
 
+import jax.numpy as jnp
 import numpy as np
 
 from lfm_jax.errors import UserError
@@ -33,7 +34,7 @@ def make_grid(
     t_min: float = 0.0,
     shift: float | None = None,
 ) -> np.ndarray:
-    """Falling float32 times ``[num_steps + 1]`` from `t_max` to `t_min`, both hit exactly.
+    """Falling times ``[num_steps + 1]`` from `t_max` to `t_min`, both hit exactly.
 
     Args:
         grid: a name of `GRIDS`, or the times themselves (then `num_steps` is their count less one).
@@ -46,9 +47,9 @@ def make_grid(
             `t_min`.
     """
     if not isinstance(grid, str):
-        times = np.asarray(grid, np.float32)
-        ends = times.ndim == 1 and len(times) >= 2 and times[0] <= np.float32(t_max)
-        if not (ends and times[-1] == np.float32(t_min) and np.all(np.diff(times) < 0)):
+        times = np.asarray(grid, jnp.result_type(float))
+        ends = times.ndim == 1 and len(times) >= 2 and times[0] <= times.dtype.type(t_max)
+        if not (ends and times[-1] == times.dtype.type(t_min) and np.all(np.diff(times) < 0)):
             raise UserError(
                 f"grid: {np.array2string(times, threshold=8, separator=', ')} must fall strictly "
                 f"from at most {t_max:g} to {t_min:g}"
@@ -65,6 +66,6 @@ def make_grid(
         u = shift * u / (1 + (shift - 1) * u)
     else:
         u = GRIDS[grid](u)
-    times = (t_min + (t_max - t_min) * u).astype(np.float32)
+    times = (t_min + (t_max - t_min) * u).astype(jnp.result_type(float))
     times[0], times[-1] = t_max, t_min
     return times

@@ -1,14 +1,15 @@
 """Second-order solvers at one velocity evaluation a step, as diffrax solver classes.
 
 Both remember the previous step's evaluation and start with an Euler step, whose local error is of
-second order, so the whole solve is of second order. ``h`` is a step, ``r`` its ratio to the previous.
+second order, so the whole solve is of second order. ``h`` is a step, ``r`` its ratio to the one
+before.
 
 `AdamsBashforth2` extrapolates the velocity linearly in time,
 
     x' = x + h [(1 + r/2) v_n - (r/2) v_{n-1}].
 
-`Exponential2` extrapolates the estimate of the data instead, ``D_n = x_n - t_n v_n``, and solves the
-linear rest exactly. From ``dx/dt = (x - D)/t``: with ``D(t) = D_n + (t - t_n) k``,
+`Exponential2` extrapolates the estimate of the data instead, ``D_n = x_n - t_n v_n``, and solves
+the linear rest exactly. From ``dx/dt = (x - D)/t``: with ``D(t) = D_n + (t - t_n) k``,
 ``k = (D_n - D_{n-1}) / (t_n - t_{n-1})``, a step from t to s is
 
     x' = (s/t) x + (1 - s/t) D_n - k [s ln(s/t) + t - s],

@@ -5,9 +5,12 @@ Built so that a fixed-step solve costs what a hand-written loop costs: the times
 The velocity goes in as `args`: a leaf of it changes, the program does not.
 
 A solve never raises on numbers: `Stats` says from which time on a sample was not finite.
+
+A *field* here is ``field(t [b], x, args) -> dx/dt`` on a whole batch, where ``x`` is an array with
+a leading batch axis or a pytree of such.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import diffrax
@@ -22,6 +25,8 @@ from lfm_jax.flow.solvers import Solver
 
 MAX_STEPS = 4096  # of an adaptive solve; far above what a finite velocity needs
 MIN_STEP = 1e-6  # an adaptive solve that asks for less has met a velocity that is not finite
+
+Field = Callable[[Array, Any, Any], Any]
 
 
 @flax.struct.dataclass
@@ -40,45 +45,55 @@ class Stats:
     failed_t: Float[Array, " b"]
 
 
-def _field(t, x, velocity):
-    return velocity(x, jnp.broadcast_to(t, x.shape[:1]))
-
-
-def _rows_finite(t, x, args):
-    del t, args
-    return jnp.all(jnp.isfinite(x), axis=tuple(range(1, x.ndim)))
+def velocity_field(t, x, velocity):
+    """The field whose `args` is the velocity."""
+    return velocity(x, t)
 
 
 def solve_fixed(
-    velocity: Any,
-    x: Float[Array, "b ..."],
+    args: Any,
+    x: Any,
     times: np.ndarray | Float[Array, " n"],
     solver: Solver,
     *,
-    terms: diffrax.AbstractTerm | None = None,
-    args: Any = None,
+    field: Field = velocity_field,
     differentiable: bool = False,
-) -> tuple[Float[Array, "b ..."], Stats]:
+) -> tuple[Any, Stats]:
     """The state at the last of `times`, stepping exactly through all of them.
 
     Args:
-        velocity: a velocity pytree.
+        args: what the field is given: the velocity, for the default field.
         x: the state at ``times[0]``.
         times: strictly monotone, concrete or traced (trainable).
         solver: see `lfm_jax.flow.solvers`.
-        terms, args: diffrax's, in place of the velocity's ODE term.
+        field: the field to follow.
         differentiable: allow reverse-mode derivatives: the state is kept at each step and a step is
             recomputed on the way back.
     """
+    return solve_terms(
+        _whole_batch(field), solver.make(), args, x, times, differentiable=differentiable
+    )
+
+
+def solve_terms(
+    terms: diffrax.AbstractTerm,
+    solver: diffrax.AbstractSolver,
+    args: Any,
+    x: Any,
+    times: np.ndarray | Float[Array, " n"],
+    *,
+    differentiable: bool = False,
+) -> tuple[Any, Stats]:
+    """`solve_fixed` for diffrax's own terms and solver (SDEs, stochastic steps)."""
     steps = len(times) - 1
     sol = diffrax.diffeqsolve(
-        diffrax.ODETerm(_field) if terms is None else terms,
-        solver.make(),
+        terms,
+        solver,
         times[0],
         times[-1],
         None,
         x,
-        velocity if args is None else args,
+        args,
         stepsize_controller=diffrax.StepTo(ts=times),
         saveat=diffrax.SaveAt(
             subs=[diffrax.SubSaveAt(t1=True), diffrax.SubSaveAt(steps=1, fn=_rows_finite)]
@@ -87,11 +102,13 @@ def solve_fixed(
         max_steps=steps,
         throw=False,
     )
-    (x1,), finite = sol.ys[0], sol.ys[1]
+    last, finite = sol.ys
     reached = jnp.asarray(times)[1:]
     failed_t = jnp.where(finite.all(0), jnp.nan, reached[jnp.argmin(finite, axis=0)])
-    return x1, Stats(
-        steps=jnp.full(x.shape[:1], steps, jnp.int32), finite=finite.all(0), failed_t=failed_t
+    return jax.tree.map(lambda y: y[0], last), Stats(
+        steps=jnp.full(finite.shape[1:], steps, jnp.int32),
+        finite=finite.all(0),
+        failed_t=failed_t,
     )
 
 
@@ -102,10 +119,10 @@ def solve_through(
     stops: Sequence[int],
     solver: Solver,
 ) -> Float[Array, "k b ..."]:
-    """As `solve_fixed`, but the states at ``times[stops]``, the first and last among them if asked."""
-    times = np.asarray(times, np.float32)
+    """As `solve_fixed`, but the states at ``times[stops]``; `stops` rise."""
+    times = np.asarray(times)
     sol = diffrax.diffeqsolve(
-        diffrax.ODETerm(_field),
+        _whole_batch(velocity_field),
         solver.make(),
         times[0],
         times[-1],
@@ -122,8 +139,8 @@ def solve_through(
 
 
 def solve_adaptive(
-    velocity: Any,
-    x: Float[Array, "b ..."],
+    args: Any,
+    x: Any,
     start: float,
     stop: float,
     solver: Solver,
@@ -131,9 +148,10 @@ def solve_adaptive(
     rtol: float,
     atol: float,
     error_norm: str = "sample",
+    field: Field = velocity_field,
     max_steps: int = MAX_STEPS,
     differentiable: bool = False,
-) -> tuple[Float[Array, "b ..."], Stats]:
+) -> tuple[Any, Stats]:
     """The state at `stop` with the local error held within ``atol + rtol |x|``.
 
     Args:
@@ -142,15 +160,15 @@ def solve_adaptive(
             torchdiffeq, hence LFM): a sample then depends on its batch.
     """
 
-    def solve(y, field):
+    def solve(y, terms):
         sol = diffrax.diffeqsolve(
-            diffrax.ODETerm(field),
+            terms,
             solver.make(),
-            np.float32(start),
-            np.float32(stop),
+            float(start),
+            float(stop),
             None,
             y,
-            velocity,
+            args,
             stepsize_controller=diffrax.PIDController(
                 rtol=rtol, atol=atol, dtmin=MIN_STEP, force_dtmin=False
             ),
@@ -158,23 +176,20 @@ def solve_adaptive(
             max_steps=max_steps,
             throw=False,
         )
-        return (
-            sol.ys[0],
-            sol.stats["num_steps"],
-            sol.ts[0],
-            sol.result == diffrax.RESULTS.successful,
-        )
+        done = sol.result == diffrax.RESULTS.successful
+        return jax.tree.map(lambda a: a[0], sol.ys), sol.stats["num_steps"], sol.ts[0], done
 
     if error_norm == "batch":
-        y, steps, stopped, done = solve(x, _field)
-        steps, stopped, done = (jnp.broadcast_to(a, x.shape[:1]) for a in (steps, stopped, done))
+        y, *told = solve(x, _whole_batch(field))
+        rows = jax.tree.leaves(x)[0].shape[:1]
+        steps, stopped, done = (jnp.broadcast_to(a, rows) for a in told)
     else:
-        y, steps, stopped, done = jax.vmap(lambda row: solve(row, _row_field))(x)
+        y, steps, stopped, done = jax.vmap(lambda row: solve(row, _row_by_row(field)))(x)
     finite = done & _rows_finite(None, y, None)
     return y, Stats(
         steps=steps.astype(jnp.int32),
         finite=finite,
-        failed_t=jnp.where(finite, jnp.nan, stopped.astype(jnp.float32)),
+        failed_t=jnp.where(finite, jnp.nan, stopped),
     )
 
 
@@ -185,24 +200,44 @@ def _adjoint(checkpoints: int | None) -> diffrax.AbstractAdjoint:
     return diffrax.RecursiveCheckpointAdjoint(checkpoints=checkpoints)
 
 
-def _row_field(t, row, velocity):
-    """The velocity of one sample, which `jax.vmap` turns into one call for the whole batch.
+def _rows_finite(t, x, args):
+    del t, args
+    rows = [jnp.all(jnp.isfinite(y), axis=tuple(range(1, y.ndim))) for y in jax.tree.leaves(x)]
+    return jnp.all(jnp.stack(rows), axis=0)
 
-    The condition of a velocity has rows of its own, one a sample, so the velocity itself must not
-    be mapped over: the rule hands it all rows at once.
+
+def _whole_batch(field: Field) -> diffrax.ODETerm:
+    def all_rows(t, x, args):
+        return field(jnp.broadcast_to(t, jax.tree.leaves(x)[0].shape[:1]), x, args)
+
+    return diffrax.ODETerm(all_rows)
+
+
+def _row_by_row(field: Field) -> diffrax.ODETerm:
+    """The field of one sample, which `jax.vmap` turns into one call for the whole batch.
+
+    `args` hold rows of their own (the condition of a velocity), one a sample, so they must not be
+    mapped over: the rule hands the field all rows at once.
     """
-    leaves, rebuild = eqx.partition(velocity, eqx.is_array)
 
-    @jax.custom_batching.custom_vmap
-    def field(t, row, leaves):
-        del t, leaves  # the shape is all that is asked for outside of vmap
-        return jnp.zeros_like(row)
+    def one_row(t, row, args):
+        arrays, rest = eqx.partition(args, eqx.is_array)
 
-    @field.def_vmap
-    def _(size, mapped, t, rows, leaves):
-        t_mapped, rows_mapped, _ = mapped
-        rows = rows if rows_mapped else jnp.broadcast_to(rows, (size, *rows.shape))
-        t = t if t_mapped else jnp.broadcast_to(t, (size,))
-        return eqx.combine(leaves, rebuild)(rows, t), True
+        @jax.custom_batching.custom_vmap
+        def call(t, row, arrays):
+            del t, arrays  # outside of vmap nothing but the shape is asked for
+            return jax.tree.map(jnp.zeros_like, row)
 
-    return field(t, row, leaves)
+        @call.def_vmap
+        def _(size, mapped, t, rows, arrays):
+            t_mapped, rows_mapped, _ = mapped
+            rows = jax.tree.map(
+                lambda a, m: a if m else jnp.broadcast_to(a, (size, *a.shape)), rows, rows_mapped
+            )
+            t = t if t_mapped else jnp.broadcast_to(t, (size,))
+            out = field(t, rows, eqx.combine(arrays, rest))
+            return out, jax.tree.map(lambda _: True, out)
+
+        return call(t, row, arrays)
+
+    return diffrax.ODETerm(one_row)

@@ -54,5 +54,5 @@ def noise_estimate(
 def score(
     x: Float[Array, "b ..."], t: Float[Array, " b"], v: Float[Array, "b ..."]
 ) -> Float[Array, "b ..."]:
-    """``grad log p_t(x) = -E[e | x_t] / t``; infinite at ``t = 0``, where there is no noise left."""
+    """``grad log p_t(x) = -E[e | x_t] / t``; infinite at ``t = 0``, where no noise is left."""
     return -noise_estimate(x, t, v) / expand(t, x)

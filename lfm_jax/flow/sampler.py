@@ -34,29 +34,32 @@ def sample(
     rtol: float | None = None,
     atol: float | None = None,
     error_norm: str = "sample",
+    t_start: float | None = None,
     t_min: float = 0.0,
     differentiable: bool = False,
 ) -> tuple[Float[Array, "b ..."], dict[str, Array]]:
-    """Integrates ``dx/dt = v(x, t)`` from ``t = velocity.t_max`` (noise) to `t_min` (0: data).
+    """Integrates ``dx/dt = v(x, t)`` from `t_start` (noise) down to `t_min` (0: data).
 
     Fixed steps along `grid` unless tolerances are given.
 
     Args:
         velocity: see `lfm_jax.flow.velocity`.
-        noise: the state at ``velocity.t_max``.
+        noise: the state at `t_start`.
         solver: a name of `lfm_jax.flow.SOLVERS`.
         num_steps: intervals of a named `grid`.
         grid: a name of `lfm_jax.flow.GRIDS` or the falling times themselves.
         rtol, atol: tolerances of an adaptive solve (one alone stands for both).
         error_norm: of an adaptive solve: per ``sample``, or over the whole ``batch`` (LFM).
+        t_start: where to start; default ``velocity.t_max``.
+        t_min: where to stop.
         differentiable: allow reverse-mode derivatives.
 
     Returns:
         The samples, and the counts: ``nfe`` ``[b]`` velocity evaluations that a sample needed,
         ``network_calls`` network evaluations that were executed for each row of the batch (guided
         pairs count as two; with an adaptive ``sample`` norm the batch runs until its slowest sample
-        is done), ``steps`` ``[b]`` attempted steps, ``finite`` ``[b]`` and ``failed_t`` ``[b]``: the
-        time at which the sample was first seen not to be finite, NaN for the others.
+        is done), ``steps`` ``[b]`` attempted steps, ``finite`` ``[b]`` and ``failed_t`` ``[b]``:
+        the time at which the sample was first seen not to be finite, NaN for the others.
 
     Raises:
         UserError: an unknown solver, grid or norm, ``num_steps < 1``, a tolerance <= 0.
@@ -65,11 +68,14 @@ def sample(
     chosen = get_solver(solver, adaptive=adaptive)
     if error_norm not in ERROR_NORMS:
         raise UserError(f"error_norm: {error_norm!r} is none of {', '.join(ERROR_NORMS)}")
+    start = velocity.t_max if t_start is None else t_start
+    check_interval(t_min, start, velocity.t_max)
     if adaptive:
         rtol, atol = rtol or atol, atol or rtol
         x, stats = _adaptive(
             velocity,
             noise,
+            start=start,
             stop=t_min,
             solver=chosen,
             rtol=rtol,
@@ -78,7 +84,7 @@ def sample(
             differentiable=differentiable,
         )
     else:
-        times = make_grid(grid, num_steps, t_max=velocity.t_max, t_min=t_min)
+        times = make_grid(grid, num_steps, t_max=start, t_min=t_min)
         x, stats = _fixed(
             velocity,
             noise,
@@ -113,6 +119,15 @@ def check_tolerances(rtol: float | None, atol: float | None) -> bool:
     return rtol is not None or atol is not None
 
 
+def check_interval(low: float, high: float, t_max: float) -> None:
+    """Raises a `UserError` unless ``0 <= low < high <= t_max``."""
+    if not 0 <= low < high <= t_max:
+        raise UserError(
+            f"times: from {high:g} to {low:g}: expected an interval within [0, {t_max:g}], where "
+            "the velocity is defined"
+        )
+
+
 def describe_failure(stats: dict[str, Array], indices: Sequence[int] | None = None) -> str | None:
     """One line on the samples that are not finite, or None when all are.
 
@@ -135,17 +150,15 @@ def describe_failure(stats: dict[str, Array], indices: Sequence[int] | None = No
 
 @partial(jax.jit, static_argnames=("times", "solver", "differentiable"))
 def _fixed(velocity, noise, *, times, solver, differentiable):
-    return solve_fixed(
-        velocity, noise, np.asarray(times, np.float32), solver, differentiable=differentiable
-    )
+    return solve_fixed(velocity, noise, np.asarray(times), solver, differentiable=differentiable)
 
 
 @partial(
     jax.jit,
-    static_argnames=("stop", "solver", "rtol", "atol", "error_norm", "differentiable"),
+    static_argnames=("start", "stop", "solver", "rtol", "atol", "error_norm", "differentiable"),
 )
-def _adaptive(velocity, noise, *, stop, solver, **settings):
-    return solve_adaptive(velocity, noise, velocity.t_max, stop, solver, **settings)
+def _adaptive(velocity, noise, *, start, stop, solver, **settings):
+    return solve_adaptive(velocity, noise, start, stop, solver, **settings)
 
 
 def trajectory(
@@ -177,7 +190,7 @@ def trajectory(
 
 @partial(jax.jit, static_argnames=("times", "stops", "solver"))
 def _trajectory(velocity, noise, times, stops, solver):
-    times = np.asarray(times, np.float32)
+    times = np.asarray(times)
     states = solve_through(velocity, noise, times, stops, solver)
     t = times[np.asarray(stops)]
 
