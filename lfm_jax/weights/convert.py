@@ -1,0 +1,144 @@
+"""Published weights in and out: `load_torch`, `save_torch`, and `import_torch` for the whole story.
+
+    imported = import_torch("lfm-dit", "model_475.pth")
+    model, params = imported.model(), imported.params
+    save_torch("lfm-dit", params, "mine.pth", model=model)
+
+A converted network is an ordinary one: time direction, noise prediction and time scale are fields
+of the model (`lfm_jax.models.conventions`), so that sampling, training, MMD and editing need no
+special case, except that sampling starts at ``model.t_max``.
+"""
+
+import dataclasses
+import os
+from typing import Any
+
+import flax.linen as nn
+
+from lfm_jax.errors import UserError
+from lfm_jax.models import create_model
+from lfm_jax.weights import adm, ddpm, dit, unet
+from lfm_jax.weights.bindings import to_params, to_tensors
+from lfm_jax.weights.family import Family, shapes_of
+from lfm_jax.weights.files import read_tensors, write_tensors
+
+FAMILIES: dict[str, Family] = {**dit.FAMILIES, **adm.FAMILIES, **unet.FAMILIES, **ddpm.FAMILIES}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Imported:
+    """A network from a file.
+
+    Attributes:
+        name, overrides: ``create_model(name, **overrides)`` is the network; JSON-able.
+        params: its parameters, float32 numpy.
+        latent_shape: (h, w, c) it was made for, as far as the file tells (else the smallest that
+            it runs on).
+        spatial_channels: channels of the condition map that it takes.
+        sha256: of the file.
+        weights: ``ema`` or ``raw``, whichever was taken.
+        t_max: where sampling starts.
+    """
+
+    name: str
+    overrides: dict[str, Any]
+    params: dict
+    latent_shape: tuple[int, int, int]
+    spatial_channels: int
+    sha256: str
+    weights: str
+    t_max: float
+
+    def model(self) -> nn.Module:
+        return create_model(self.name, **self.overrides)
+
+
+def import_torch(
+    family: str,
+    file: str | os.PathLike,
+    *,
+    weights: str = "auto",
+    model: nn.Module | None = None,
+    **overrides: Any,
+) -> Imported:
+    """Recognise the network in a file of `family` and read its parameters.
+
+    Args:
+        family: a name of `FAMILIES`.
+        file: path or URL; downloads are kept in the user's cache.
+        weights: ``ema``, ``raw`` or ``auto`` (EMA where the file has it).
+        model: the network to be filled, where it is known: a file of another size is refused.
+        overrides: fields that a file does not tell, e.g. ``heads`` of an unpublished size.
+
+    Raises:
+        UserError: naming the first tensor that is missing, too many or of another shape; a pickle
+            with code in it; an unknown family.
+    """
+    chosen = _family(family)
+    content = chosen.clean(read_tensors(file, weights=weights))
+    network = chosen.recognise(content)
+    network = dataclasses.replace(network, overrides={**network.overrides, **overrides})
+    filled = network.model() if model is None else model
+    if not isinstance(filled, type(network.model())):
+        raise UserError(
+            f"{file}: a {family} file holds a {type(network.model()).__name__}, the model is a "
+            f"{type(filled).__name__}"
+        )
+    shapes = shapes_of(filled, network)
+    bindings = chosen.bindings(filled, shapes, network.latent_shape[0])
+    return Imported(
+        name=network.name,
+        overrides=network.overrides,
+        params=to_params(content, bindings, shapes),
+        latent_shape=network.latent_shape,
+        spatial_channels=network.spatial_channels,
+        sha256=content.sha256,
+        weights=content.weights,
+        t_max=filled.t_max,
+    )
+
+
+def load_torch(
+    family: str,
+    file: str | os.PathLike,
+    *,
+    weights: str = "auto",
+    model: nn.Module | None = None,
+) -> dict:
+    """The parameters in a file of `family`; `import_torch` gives what the file tells beside them."""
+    return import_torch(family, file, weights=weights, model=model).params
+
+
+def save_torch(
+    family: str,
+    params: dict,
+    file: str | os.PathLike,
+    *,
+    model: nn.Module,
+    latent_size: int = 32,
+    prefix: str | None = None,
+) -> None:
+    """Write parameters as a file that the family's own code loads.
+
+    Args:
+        file: ``.safetensors``, or PyTorch's format under any other suffix.
+        model: the network of the parameters.
+        latent_size: side of the latents; fixed tables and, for "lfm-adm", names depend on it.
+        prefix: of every name; default is what the family's own loader expects ("module." for
+            LFM's, which cuts seven characters off whatever they are).
+
+    Raises:
+        UserError: a network that this family's code cannot express.
+    """
+    chosen = _family(family)
+    params = chosen.export(model, params)
+    tensors = to_tensors(params, chosen.bindings(model, params, latent_size))
+    tensors |= chosen.extra(model, tensors, latent_size)
+    prefix = chosen.prefix if prefix is None else prefix
+    write_tensors({prefix + name: value for name, value in tensors.items()}, file)
+
+
+def _family(name: str) -> Family:
+    if name not in FAMILIES:
+        raise UserError(f"family: {name!r} is none of {', '.join(FAMILIES)}")
+    return FAMILIES[name]
