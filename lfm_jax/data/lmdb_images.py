@@ -10,6 +10,9 @@ so that no pickle is ever loaded.
 
 import itertools
 import math
+import os
+import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,11 @@ from lfm_jax.errors import UserError
 
 _SPLITS = {"train": ("train",), "test": ("validation", "val", "test")}
 _SPLITS["validation"] = _SPLITS["test"]
+
+# LMDB refuses to open one database twice in a process, and a train and an encode job of one process
+# each open their source. An environment is shared as long as somebody holds it.
+_OPENED: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
+_OPENING = threading.Lock()
 
 
 def open_lmdb(path: str, *, split: str, preprocess: Preprocess, limit: int = 0) -> ImageSource:
@@ -97,13 +105,19 @@ def _open(database: Path) -> Any:
         raise UserError(
             "data.source='lmdb': the package lmdb is not installed; expected pip install lmdb"
         ) from None
-    try:
-        # lock=False: read-only media, and many processes on one file.
-        return lmdb.open(
-            str(database), subdir=database.is_dir(), readonly=True, lock=False, readahead=False
-        )
-    except lmdb.Error as error:
-        raise UserError(f"{database}: not a readable LMDB database ({error})") from None
+    place = os.path.realpath(database)
+    with _OPENING:
+        environment = _OPENED.get(place)
+        if environment is None:
+            try:
+                # lock=False: read-only media, and many processes on one file.
+                environment = lmdb.open(
+                    place, subdir=database.is_dir(), readonly=True, lock=False, readahead=False
+                )
+            except lmdb.Error as error:
+                raise UserError(f"{database}: not a readable LMDB database ({error})") from None
+            _OPENED[place] = environment
+    return environment
 
 
 def _keys(environment: Any, limit: int | None) -> list[bytes]:

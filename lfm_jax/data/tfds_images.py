@@ -48,7 +48,7 @@ def open_tfds(name: str, *, path: str, split: str, preprocess: Preprocess) -> Im
     # Encoded bytes, so that our own size limit is applied before anything is decoded.
     decoders = {"image": tfds.decode.SkipDecoding()}
     data = builder.as_data_source(split=split, decoders=decoders)
-    labelled = isinstance(features.get("label"), tfds.features.ClassLabel)
+    labelled = "label" in features and isinstance(features["label"], tfds.features.ClassLabel)
     classes = tuple(features["label"].names) if labelled else ()
 
     def read(indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
