@@ -146,6 +146,16 @@ def dino(path: str | os.PathLike = "", *, resize: str = "bicubic", heads: int = 
     Raises `UserError` if the file is missing or is not DINOv2.
     """
     model, params = from_torch(weights.read_tensors(weights.locate(path, PUBLISHED)), heads=heads)
+    return _make(params, model, resize)
+
+
+def dino_pipeline(resize: str = "bicubic") -> str:
+    """`Extractor.pipeline` of the published ViT-L/14."""
+    tower = VisionTransformer(patch=14, width=1024, depth=24, heads=16, mlp=4096)
+    return _make({}, DinoV2(tower), resize).pipeline
+
+
+def _make(params: dict, model: DinoV2, resize: str) -> Extractor:
     tower = model.tower
     return Extractor(
         params=jax.tree.map(jnp.asarray, params),

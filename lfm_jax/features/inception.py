@@ -27,6 +27,8 @@ PUBLISHED = weights.Published(
     "pt_inception-2015-12-05-6726825d.pth",
     sha256_prefix="6726825d",
 )
+NAME = "Inception"  # of the published weights, checked by hash: these alone make a FID
+UNCHECKED = "Inception-unchecked"
 # Name of the pipeline: (resize rule, mean, std) in bytes.
 PIPELINES = {
     "tf1": ("tf1", 128.0, 128.0),
@@ -247,11 +249,12 @@ def inception(
     """
     check_pipeline(pipeline)
     file = weights.locate(path, PUBLISHED if check else weights.Published(url=PUBLISHED.url))
-    return make_inception(params_from_torch(weights.read_tensors(file)), pipeline=pipeline)
+    params = params_from_torch(weights.read_tensors(file))
+    return make_inception(params, pipeline=pipeline, name=NAME if check else UNCHECKED)
 
 
-def make_inception(params: dict, *, pipeline: str = "tf1", name: str = "Inception") -> Extractor:
-    """An extractor of `params` of `InceptionV3`; call it FID only if they are the published ones."""
+def make_inception(params: dict, *, pipeline: str = "tf1", name: str = UNCHECKED) -> Extractor:
+    """An extractor of `params` of `InceptionV3`; reports write FID for the name `NAME` alone."""
     rule, mean, std = PIPELINES[check_pipeline(pipeline)]
     return Extractor(
         params=jax.tree.map(jnp.asarray, params),
@@ -263,6 +266,11 @@ def make_inception(params: dict, *, pipeline: str = "tf1", name: str = "Inceptio
         mean=(mean,),
         std=(std,),
     )
+
+
+def inception_pipeline(pipeline: str) -> str:
+    """`Extractor.pipeline` of the published weights behind ``tf1``, ``torch`` or ``clean``."""
+    return make_inception({}, pipeline=pipeline, name=NAME).pipeline
 
 
 def check_pipeline(pipeline: str) -> str:
