@@ -19,7 +19,7 @@ from lfm_jax.jobs import build
 from lfm_jax.jobs.fit import fit
 from lfm_jax.optim import adamw, learning_rate
 from lfm_jax.state import create_state, make_step
-from lfm_jax.vae import autoencoder_loss
+from lfm_jax.vae import autoencoder_loss, from_uint8, make_codec, measure_scale
 from lfm_jax.workdir import Workdir
 
 _SCALE_IMAGES = 4096  # enough for the standard deviation to 1 %
@@ -89,7 +89,7 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
         save_every=config.train.save_every,
     )
     params = checkpoints.load_params(workdir.autoencoder / "checkpoints")
-    shift, scale = _latent_moments(model, params, source)
+    scale, shift = _measure_scale(model, params, source)
     return {
         **figures,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
@@ -98,18 +98,13 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     }
 
 
-def _latent_moments(model: Any, params: Any, source: Any) -> tuple[float, float]:
-    """Mean and 1/std of posterior samples over evenly spaced images."""
-    indices = np.linspace(0, len(source) - 1, min(_SCALE_IMAGES, len(source))).astype(int)
-    encode = jax.jit(lambda p, x: model.apply({"params": p}, x, method="encode"))
-    mean = square = count = 0.0
-    for chunk in np.array_split(indices, max(1, len(indices) // 256)):
-        images = source.batch(chunk)["image"].astype(np.float32) / 127.5 - 1
-        posterior = encode(params, images)
-        z = np.asarray(posterior.mean, np.float64)
-        mean += z.sum()
-        # E[z^2] of a posterior sample, without drawing it.
-        square += (z**2 + np.exp(np.asarray(posterior.logvar, np.float64))).sum()
-        count += z.size
-    mean /= count
-    return float(mean), float(1 / np.sqrt(square / count - mean**2))
+def _measure_scale(model: Any, params: Any, source: Any) -> tuple[float, float]:
+    """Scale and shift over evenly spaced images."""
+    count = min(_SCALE_IMAGES, len(source))
+    indices = np.linspace(0, len(source) - 1, count).astype(int)
+    encode = jax.jit(make_codec(model, params).encode_moments)
+    moments = [
+        np.asarray(encode(from_uint8(source.batch(chunk)["image"])))
+        for chunk in np.array_split(indices, max(1, count // 256))
+    ]
+    return measure_scale(np.concatenate(moments))

@@ -37,20 +37,14 @@ def images(config: ConfigDict, split: str) -> ImageSource:
 def autoencoder(config: ConfigDict) -> AutoencoderKL:
     """The untrained autoencoder that `config.autoencoder` describes."""
     section = config.autoencoder
-    for width in section.block_out_channels:
-        if width % section.norm_groups:
-            raise UserError(
-                f"--config.autoencoder.norm_groups={section.norm_groups}: expected a divisor of "
-                f"every entry of block_out_channels={tuple(section.block_out_channels)}"
-            )
     model = AutoencoderKL(
         in_channels=config.data.channels,
         out_channels=config.data.channels,
         block_out_channels=tuple(section.block_out_channels),
         layers_per_block=section.layers_per_block,
         latent_channels=section.latent_channels,
-        norm_num_groups=section.norm_groups,
-        mid_block_add_attention=section.mid_attention,
+        norm_groups=section.norm_groups,
+        mid_attention=section.mid_attention,
     )
     if config.data.image_size % model.factor:
         raise UserError(

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from lfm_jax.data import CacheWriter, ImageSource
 from lfm_jax.jobs import build
-from lfm_jax.vae import Codec
+from lfm_jax.vae import Codec, from_uint8
 from lfm_jax.workdir import Workdir
 
 
@@ -82,7 +82,7 @@ def _encoder(codec: Codec, *, mirror: bool):
 
     @jax.jit
     def encode(codec: Codec, images):
-        x = images.astype("float32") / 127.5 - 1
+        x = from_uint8(images)
         moments = {"moments": codec.encode_moments(x)}
         if mirror:
             moments["moments_flip"] = codec.encode_moments(x[:, :, ::-1])

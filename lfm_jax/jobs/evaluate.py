@@ -27,8 +27,8 @@ from lfm_jax.features import (
     train_classifier,
 )
 from lfm_jax.jobs import build
-from lfm_jax.jobs.generate import load_samples, to_uint8
-from lfm_jax.vae import Codec
+from lfm_jax.jobs.generate import load_samples
+from lfm_jax.vae import Codec, from_uint8, to_uint8
 from lfm_jax.workdir import Workdir
 
 _BATCH = 250
@@ -161,7 +161,7 @@ def _read(source: ImageSource, indices: np.ndarray) -> Iterator[np.ndarray]:
 def _reconstruct(codec: Codec, source: ImageSource, indices: np.ndarray) -> Iterator[np.ndarray]:
     @jax.jit
     def rebuild(codec: Codec, images):
-        moments = codec.encode_moments(images.astype("float32") / 127.5 - 1)
+        moments = codec.encode_moments(from_uint8(images))
         mean = moments[..., : codec.latent_channels]
         return to_uint8(codec.decode((mean - codec.shift) * codec.scale))
 

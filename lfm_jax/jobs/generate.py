@@ -11,7 +11,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
@@ -23,7 +22,7 @@ from lfm_jax.errors import UserError
 from lfm_jax.flow import NetworkVelocity, classifier_free, sample
 from lfm_jax.jobs import build
 from lfm_jax.models import Cond
-from lfm_jax.vae import Codec
+from lfm_jax.vae import Codec, to_uint8
 from lfm_jax.workdir import Workdir
 
 
@@ -110,11 +109,6 @@ def _generate(static: tuple, codec: Codec, params: Any, indices, labels):
         velocity = classifier_free(velocity, num_classes=num_classes, **dict(guidance))
     latents, stats = sample(velocity, noise, **dict(solver))
     return to_uint8(codec.decode(latents)), stats
-
-
-def to_uint8(images: jax.Array) -> jax.Array:
-    """[-1, 1] -> bytes, rounded to the nearest level."""
-    return jnp.round(jnp.clip((images + 1) * 127.5, 0, 255)).astype(jnp.uint8)
 
 
 def sample_labels(config: ConfigDict) -> Int[np.ndarray, " n"] | None:

@@ -7,6 +7,7 @@ neighbour followed by a 3x3 convolution, and attention has one head as wide as i
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -32,6 +33,10 @@ def convolve(
     precision: Any = None,
 ) -> Float[Array, "b i j d"]:
     """Convolution of NHWC ``x`` with an HWIO kernel, zero padding given per edge."""
+    if kernel.shape[:2] == (1, 1) and stride == 1:
+        # As a product: XLA's gradient of a 1x1 convolution is ten times slower on a CPU.
+        y = jnp.matmul(x, kernel[0, 0], precision=precision)
+        return y if bias is None else y + bias
     y = jax.lax.conv_general_dilated(
         x,
         kernel,
@@ -225,11 +230,11 @@ def upsample_nearest(x: Float[Array, "b h w c"]) -> Float[Array, "b i j c"]:
     return x.reshape(b, 2 * h, 2 * w, c)
 
 
+@partial(jax.custom_jvp, nondiff_argnums=(3,))
 def upsample_conv(
     x: Float[Array, "b h w c"],
     kernel: Float[Array, "3 3 c d"],
     bias: Float[Array, " d"],
-    *,
     precision: Any = None,
 ) -> Float[Array, "b i j d"]:
     """``convolve(upsample_nearest(x), kernel, bias)`` with 16/36 of the multiplications.
@@ -253,6 +258,16 @@ def upsample_conv(
     rows = jnp.stack([y[:, :h, :, 0], y[:, 1:, :, 1]], axis=2)
     pixels = jnp.stack([rows[:, :, :, :w, 0], rows[:, :, :, 1:, 1]], axis=4)
     return pixels.reshape(b, 2 * h, 2 * w, features) + bias
+
+
+@upsample_conv.defjvp
+def _upsample_conv_jvp(precision, primals, tangents):
+    # Interleaving the parities is cheap forwards, but its transpose takes six times as long on a
+    # CPU as the gradient of the plain form, so derivatives are taken of that one.
+    def plain(x, kernel, bias):
+        return convolve(upsample_nearest(x), kernel, bias, precision=precision)
+
+    return upsample_conv(*primals, precision), jax.jvp(plain, primals, tangents)[1]
 
 
 class Upsample(nn.Module):
@@ -279,7 +294,7 @@ class UpsampleConv(nn.Module):
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         x, kernel, bias = (v.astype(self.dtype) for v in (x, kernel, bias))
-        return upsample_conv(x, kernel, bias, precision=self.precision)
+        return upsample_conv(x, kernel, bias, self.precision)
 
 
 class LevelBlock(nn.Module):
