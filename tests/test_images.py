@@ -7,6 +7,7 @@ import io
 import json
 import os
 import struct
+import urllib.error
 import zipfile
 
 import numpy as np
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from lfm_jax.data import open_images
+from lfm_jax.data import download_fashion_mnist, open_images
 from lfm_jax.data.idx import read_idx
 from lfm_jax.data.pixels import Preprocess, center_crop
 from lfm_jax.errors import UserError
@@ -470,3 +471,52 @@ def test_unprepared_tfds_says_how(prepared):
         open_images("tfds:tiny_pets", path=str(prepared), split="half")
     with pytest.raises(UserError, match="expected one of"):
         open_images("tfds:")
+
+
+# ---- download
+
+
+class FakeServer:
+    """Answers with given bytes by file name and keeps the addresses it was asked for."""
+
+    def __init__(self, files, failing=()):
+        self.files, self.failing, self.asked = files, failing, []
+
+    def __call__(self, address, timeout):
+        self.asked.append(address)
+        if any(part in address for part in self.failing):
+            raise urllib.error.URLError("unreachable")
+        return io.BytesIO(self.files[address.rsplit("/", 1)[1]])
+
+
+@needs_fashion
+def test_published_files_pass_the_checksum_and_open(tmp_path):
+    """Debian's streams under the publisher's gzip headers are the published files."""
+    files = {}
+    for split, time in (("train", 1504176606), ("t10k", 1504176627)):
+        for kind in ("images-idx3", "labels-idx1"):
+            name = f"{split}-{kind}-ubyte"
+            with open(f"{FASHION}/{name}.gz", "rb") as file:
+                body = file.read()[10:]
+            head = b"\x1f\x8b\x08\x08" + struct.pack("<I", time) + b"\0\3" + name.encode() + b"\0"
+            files[f"{name}.gz"] = head + body
+    assert hashlib.md5(files["t10k-labels-idx1-ubyte.gz"]).hexdigest() == (
+        "bb300cfdad3c16e7a12a480ee83cd310"
+    )
+    server = FakeServer(files, failing=["amazonaws"])  # the second address then serves
+    folder = download_fashion_mnist(tmp_path / "fashion", opener=server)
+    assert len(server.asked) == 8
+    assert sorted(path.name for path in folder.iterdir()) == sorted(files)
+    ours = open_images("idx", path=str(folder), split="test", channels=1)
+    debian = open_images("idx", path=FASHION, split="test", channels=1)
+    assert ours.fingerprint == debian.fingerprint
+    download_fashion_mnist(folder, opener=server)
+    assert len(server.asked) == 8  # what is there stays
+
+
+@pytest.mark.parametrize("reply", [b"<html>moved</html>", b"\0" * 30_000_000])
+def test_another_file_is_refused_and_nothing_is_left(tmp_path, reply):
+    server = FakeServer({"train-images-idx3-ubyte.gz": reply})
+    with pytest.raises(UserError, match=r"train-images-idx3-ubyte\.gz: download failed .*sha256"):
+        download_fashion_mnist(tmp_path, opener=server)
+    assert not list(tmp_path.iterdir())

@@ -12,9 +12,11 @@
 """
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 
+from lfm_jax.data.download import FASHION_MNIST_FOLDER, download_fashion_mnist
 from lfm_jax.data.folder import open_folder, open_zip
 from lfm_jax.data.idx import open_idx
 from lfm_jax.data.lmdb_images import open_lmdb
@@ -45,7 +47,8 @@ def open_images(
     Args:
         source: one of `SOURCES`.
         split: the part of it; which ones there are depends on the source.
-        path: folder or file of the source.
+        path: folder or file of the source. The ``idx`` folder `FASHION_MNIST_FOLDER` is filled by
+            a download when files are missing there.
         image_size: side in pixels that every image is brought to; 0 keeps the stored size.
         channels: 1 or 3.
         num_classes: labels must lie in ``[0, num_classes)``; 0 accepts what is there.
@@ -76,6 +79,8 @@ def open_images(
     if kind == "digits":
         opened = _open_digits(**options)
     elif kind == "idx":
+        if Path(path).expanduser() == FASHION_MNIST_FOLDER:
+            download_fashion_mnist(path)
         opened = open_idx(path, **options)
     elif kind == "folder":
         opened = open_folder(path, labels=labels, **options)
