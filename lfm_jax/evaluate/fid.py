@@ -18,9 +18,9 @@ from lfm_jax.evaluate.statistics import FeatureStatistics
 
 def frechet_distance(
     mu1: Float[np.ndarray, " d"],
-    sigma1: Float[np.ndarray, "d c"],
-    mu2: Float[np.ndarray, " e"],
-    sigma2: Float[np.ndarray, "e f"],
+    sigma1: Float[np.ndarray, "_ _"],
+    mu2: Float[np.ndarray, " _"],
+    sigma2: Float[np.ndarray, "_ _"],
 ) -> float:
     """Frechet distance of N(mu1, sigma1) and N(mu2, sigma2); symmetric, 0 for equal arguments.
 

@@ -40,13 +40,13 @@ def read_samples(path: str | os.PathLike) -> Samples:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         file.seek(0)
         try:
-            with np.load(file, allow_pickle=False) as archive:
-                if not hasattr(archive, "files") or "arr_0" not in archive.files:
-                    found = ", ".join(getattr(archive, "files", ["a bare array"]))
-                    raise UserError(f"samples {path}: holds {found}; {ACCEPTED}")
-                images = archive["arr_0"]
-                labels = archive["arr_1"] if "arr_1" in archive.files else None
-        except (ValueError, OSError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+            archive = np.load(file, allow_pickle=False)
+            names = getattr(archive, "files", ["a bare array"])
+            if "arr_0" not in names:
+                raise UserError(f"samples {path}: holds {', '.join(names)}; {ACCEPTED}")
+            images = archive["arr_0"]
+            labels = archive["arr_1"] if "arr_1" in names else None
+        except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
             raise UserError(f"samples {path}: not readable ({error}); {ACCEPTED}") from error
     check_images(images, f"samples {path}: arr_0")
     if labels is not None:
