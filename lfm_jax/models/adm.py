@@ -16,6 +16,7 @@ from collections.abc import Collection, Mapping
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from lfm_jax.errors import UserError
@@ -59,7 +60,7 @@ class EdmBlock(nn.Module):
     init_attention: Init = FAN_IN
     attention: str = "auto"
     train: bool = False
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
@@ -136,7 +137,7 @@ class ADM(nn.Module):
     convention: str = "flow"
     attention: str = "auto"
     remat: str = "none"
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @property
     def taps(self) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from lfm_jax.models import conventions, layers, maps
@@ -26,7 +27,7 @@ class Residual(nn.Module):
     features: int
     dropout: float
     train: bool
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], emb: Float[Array, "b e"]) -> Array:
@@ -45,7 +46,7 @@ class Attend(nn.Module):
     """One head of attention over the map."""
 
     attention: str
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Array:
@@ -77,7 +78,7 @@ class DDPM(nn.Module):
     convention: str = "flow"
     attention: str = "auto"
     remat: str = "none"
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @property
     def taps(self) -> tuple[str, ...]:

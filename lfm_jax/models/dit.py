@@ -19,6 +19,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.linen.initializers import normal, zeros
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from lfm_jax.errors import UserError
@@ -39,7 +40,7 @@ class Block(nn.Module):
     mlp_ratio: float
     context: bool
     attention: str
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(
@@ -115,7 +116,7 @@ class DiT(nn.Module):
     attention: str = "auto"
     remat: str = "none"
     scan_blocks: bool = True
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @property
     def taps(self) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from lfm_jax.errors import UserError
@@ -112,7 +113,7 @@ class Dense(nn.Module):
 
     features: int
     init: Callable = nn.initializers.xavier_uniform()
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b e"]:

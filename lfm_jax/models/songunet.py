@@ -13,6 +13,7 @@ from collections.abc import Collection, Mapping
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from lfm_jax.models import conventions, layers, maps
@@ -57,7 +58,7 @@ class SongUNet(nn.Module):
     convention: str = "flow"
     attention: str = "auto"
     remat: str = "none"
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @property
     def taps(self) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from collections.abc import Collection, Mapping
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from lfm_jax.errors import UserError
@@ -34,7 +35,7 @@ class ResBlock(nn.Module):
     scale_shift: bool
     dropout: float
     train: bool
-    dtype: jnp.dtype
+    dtype: DTypeLike
     direction: str = ""  # "down", "up" or neither
 
     @nn.compact
@@ -62,7 +63,7 @@ class AttentionBlock(nn.Module):
 
     heads: int
     attention: str
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], tokens: None = None) -> Array:
@@ -78,7 +79,7 @@ class SpatialTransformer(nn.Module):
     heads: int
     depth: int
     attention: str
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], tokens: Float[Array, "b n k"]) -> Array:
@@ -141,7 +142,7 @@ class UNet(nn.Module):
     convention: str = "flow"
     attention: str = "auto"
     remat: str = "none"
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @property
     def taps(self) -> tuple[str, ...]:

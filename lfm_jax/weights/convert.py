@@ -105,7 +105,7 @@ def load_torch(
     weights: str = "auto",
     model: nn.Module | None = None,
 ) -> dict:
-    """The parameters in a file of `family`; `import_torch` gives what the file tells beside them."""
+    """The parameters in a file of `family`; `import_torch` tells what the network is, too."""
     return import_torch(family, file, weights=weights, model=model).params
 
 

@@ -1,9 +1,9 @@
 """DiT files: LFM's, facebook's, SiT's (timm names) and diffusers' ``DiTTransformer2DModel``.
 
 What differs between them: LFM is our convention with raw t in [0, 1] (`time_scale` 1);
-facebook's and diffusers' predict noise on 1000 steps (``vp``); SiT's time runs the other way (``reversed``). A
-learned variance, the second half of the output channels, is dropped. The position table in the
-files is checked against the computed one and dropped.
+facebook's and diffusers' predict noise on 1000 steps (``vp``); SiT's time runs the other way
+(``reversed``). A learned variance, the second half of the output channels, is dropped. The
+position table in the files is checked against the computed one and dropped.
 """
 
 import math

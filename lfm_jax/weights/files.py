@@ -1,8 +1,8 @@
 """Tensors in and out of files: safetensors, and PyTorch's pickles read with code execution off.
 
 A checkpoint nests its tensors in many ways: a bare state dict, ``{"model": ..., "ema": ...}``,
-DDIM's list ``[model, optimizer, epoch, step, ema]``, names with or without ``module.``. `read_tensors`
-finds the state dict in all of them.
+DDIM's list ``[model, optimizer, epoch, step, ema]``, names with or without ``module.``.
+`read_tensors` finds the state dict in all of them.
 """
 
 import dataclasses
