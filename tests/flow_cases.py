@@ -34,11 +34,8 @@ class Gaussian:
 
 
 @flax.struct.dataclass
-class Ricatti:
-    """``dx/dt = x^2 cos(w t) + x/2``: non-linear in the state, solved in closed form by 1/x.
-
-    With ``y = 1/x``: ``dy/dt = -y/2 - cos(w t)``, a linear equation.
-    """
+class Tangent:
+    """``dx/dt = w cos(w t) (1 + x^2)``: non-linear in state and time, solved by ``tan``."""
 
     w: jax.Array
     t_max: float = flax.struct.field(pytree_node=False, default=1.0)
@@ -48,17 +45,11 @@ class Ricatti:
         return 1
 
     def __call__(self, x, t):
-        return x**2 * jnp.cos(self.w * expand(t, x)) + x / 2
+        return self.w * jnp.cos(self.w * expand(t, x)) * (1 + x**2)
 
     def solution(self, x1):
         """The state at t = 0 of the flow through `x1` at t = 1."""
-        w = self.w
-
-        def particular(t):
-            return -(0.5 * jnp.cos(w * t) + w * jnp.sin(w * t)) / (0.25 + w**2)
-
-        y1 = 1 / x1
-        return 1 / (particular(0.0) + (y1 - particular(1.0)) * jnp.exp(0.5))
+        return jnp.tan(jnp.arctan(x1) - jnp.sin(self.w))
 
 
 class Calls:

@@ -6,43 +6,50 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flow_cases import Calls, Counting, Gaussian, Ricatti
+from flow_cases import Calls, Counting, Gaussian, Tangent
 
 from lfm_jax.errors import UserError
 from lfm_jax.flow import GRIDS, SOLVERS, describe_failure, make_grid, sample, trajectory
 
+# Fine enough for the leading error to lead, coarse enough to stay above rounding.
+ORDER_STEPS = {1: (64, 128), 2: (128, 256), 3: (32, 64), 4: (32, 64), 5: (20, 40), 8: (10, 20)}
 NOISE = jax.random.normal(jax.random.key(0), (3, 4, 4, 2))
 GAUSSIAN = Gaussian(mean=jnp.asarray(0.3), std=jnp.asarray(0.5))
+
+
+def rms(x):
+    return jnp.sqrt(jnp.mean(x**2))
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_order_of_convergence_on_a_non_linear_flow(solver):
     order = SOLVERS[solver].order
-    steps = {1: (32, 64), 2: (32, 64), 3: (16, 32), 4: (16, 32), 5: (12, 24), 8: (5, 10)}[order]
+    steps = ORDER_STEPS[order]
+    if solver == "exp2":  # of order h^2 log(1/h): the logarithm fades slowly
+        steps = (1024, 2048)
     with jax.enable_x64(True):
-        x1 = jnp.asarray([0.3, 0.5, -0.4, -0.8]).reshape(2, 2)
-        velocity = Ricatti(w=jnp.asarray(3.0))
+        x1 = jnp.linspace(-0.6, 0.8, 64).reshape(8, 8)
+        velocity = Tangent(w=jnp.asarray(2.5))
         exact = velocity.solution(x1)
         errors = [
-            float(jnp.abs(sample(velocity, x1, solver=solver, num_steps=n)[0] - exact).max())
-            for n in steps
+            float(rms(sample(velocity, x1, solver=solver, num_steps=n)[0] - exact)) for n in steps
         ]
     measured = np.log2(errors[0] / errors[1])
-    assert measured == pytest.approx(order, abs=0.35), (solver, errors)
+    assert order - 0.35 < measured < order + 0.8, (solver, errors)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_counts_are_the_calls_that_were_executed(solver):
     calls = Calls()
-    velocity = Counting(inner=GAUSSIAN, calls=calls)
+    widths = jnp.asarray([0.02, 0.5, 1.0]).reshape(3, 1, 1, 1)  # the narrower, the more steps
+    velocity = Counting(inner=Gaussian(mean=jnp.asarray(0.3), std=widths), calls=calls)
     _, stats = sample(velocity, NOISE, solver=solver, num_steps=5)
     assert calls.take() == int(stats["network_calls"]) == int(stats["nfe"][0])
     assert int(stats["steps"][0]) == 5
     if not SOLVERS[solver].adaptive:
         return
     for norm in ("sample", "batch"):
-        noise = NOISE * jnp.asarray([0.1, 1.0, 30.0])[:, None, None, None]
-        _, stats = sample(velocity, noise, solver=solver, rtol=1e-3, atol=1e-3, error_norm=norm)
+        _, stats = sample(velocity, NOISE, solver=solver, rtol=1e-3, atol=1e-3, error_norm=norm)
         assert calls.take() == int(stats["network_calls"]) == int(stats["nfe"].max())
         assert (len(set(stats["nfe"].tolist())) > 1) == (norm == "sample")
 
@@ -81,8 +88,8 @@ def test_adaptive_error_follows_the_tolerance(solver):
     exact = GAUSSIAN.solution(NOISE)
     coarse, few = sample(GAUSSIAN, NOISE, solver=solver, rtol=1e-2, atol=1e-2)
     fine, many = sample(GAUSSIAN, NOISE, solver=solver, rtol=1e-5, atol=1e-5)
-    assert float(jnp.abs(fine - exact).max()) < 1e-4
-    assert float(jnp.abs(coarse - exact).max()) < 5e-2
+    assert float(jnp.abs(fine - exact).max()) < 5e-4
+    assert float(jnp.abs(coarse - exact).max()) < 0.1
     assert (many["nfe"] > few["nfe"]).all()
 
 

@@ -184,7 +184,7 @@ def velocity_profile(
     x0: Float[Array, "b ..."],
     key: Key[Array, ""],
     *,
-    times: Sequence[float],
+    times: Sequence[float] | np.ndarray,
     iterations: int = 20,
 ) -> dict[str, Any]:
     """The learned velocity's constants over time, on noised data.

@@ -71,7 +71,7 @@ def classifier_guidance(
     velocity: Any,
     log_prob: Any,
     *,
-    scale: float | Float[Array, ""],
+    scale: float | int | Float[Array, ""],
     max_weight: float = MAX_WEIGHT,
 ) -> Any:
     """Steers `velocity` by ``grad log_prob``; scale 0 returns it unchanged.

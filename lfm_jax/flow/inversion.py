@@ -82,7 +82,7 @@ def reconstruction_errors(
     solver: str = "midpoint",
     grid: str | Sequence[float] = "uniform",
     t: float | None = None,
-) -> list[dict[str, float]]:
+) -> list[dict[str, float | int]]:
     """Round-trip error (up to `t` and back) for each number of steps.
 
     Returns:
@@ -119,16 +119,10 @@ def slerp(
     norm_a = jnp.sqrt(jnp.sum(a * a, axes, keepdims=True))
     norm_b = jnp.sqrt(jnp.sum(b * b, axes, keepdims=True))
     cosine = jnp.sum(a * b, axes, keepdims=True) / (norm_a * norm_b)
-    angle = jnp.arccos(jnp.clip(cosine, -1.0, 1.0))
-    sine = jnp.sin(angle)
-    straight = sine < 1e-4  # nearly parallel: the circle is a line, and the formula is 0 / 0
-    safe = jnp.where(straight, 1.0, sine)
-    along = jnp.where(
-        straight,
-        (1 - weight) * a / norm_a + weight * b / norm_b,
-        jnp.sin((1 - weight) * angle) / safe * (a / norm_a)
-        + jnp.sin(weight * angle) / safe * (b / norm_b),
-    )
+    # Short of 1, so that equal ends divide nothing by zero, nor do their derivatives.
+    angle = jnp.arccos(jnp.clip(cosine, -1 + 1e-6, 1 - 1e-6))
+    along = jnp.sin((1 - weight) * angle) * (a / norm_a) + jnp.sin(weight * angle) * (b / norm_b)
+    along = along / jnp.sin(angle)
     return ((1 - weight) * norm_a + weight * norm_b) * along
 
 

@@ -11,10 +11,10 @@ a leading batch axis or a pytree of such.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import diffrax
-import equinox as eqx
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -70,9 +70,9 @@ def solve_fixed(
         differentiable: allow reverse-mode derivatives: the state is kept at each step and a step is
             recomputed on the way back.
     """
-    return solve_terms(
-        _whole_batch(field), solver.make(), args, x, times, differentiable=differentiable
-    )
+    leaves, unpack = pack(args)
+    terms = _whole_batch(field, unpack)
+    return solve_terms(terms, solver.make(), leaves, x, times, differentiable=differentiable)
 
 
 def solve_terms(
@@ -121,14 +121,15 @@ def solve_through(
 ) -> Float[Array, "k b ..."]:
     """As `solve_fixed`, but the states at ``times[stops]``; `stops` rise."""
     times = np.asarray(times)
+    leaves, unpack = pack(velocity)
     sol = diffrax.diffeqsolve(
-        _whole_batch(velocity_field),
+        _whole_batch(velocity_field, unpack),
         solver.make(),
         times[0],
         times[-1],
         None,
         x,
-        velocity,
+        leaves,
         stepsize_controller=diffrax.StepTo(ts=times),
         saveat=diffrax.SaveAt(ts=times[np.asarray(stops)]),
         adjoint=_adjoint(None),
@@ -160,6 +161,8 @@ def solve_adaptive(
             torchdiffeq, hence LFM): a sample then depends on its batch.
     """
 
+    leaves, unpack = pack(args)
+
     def solve(y, terms):
         sol = diffrax.diffeqsolve(
             terms,
@@ -168,7 +171,7 @@ def solve_adaptive(
             float(stop),
             None,
             y,
-            args,
+            leaves,
             stepsize_controller=diffrax.PIDController(
                 rtol=rtol, atol=atol, dtmin=MIN_STEP, force_dtmin=False
             ),
@@ -180,11 +183,11 @@ def solve_adaptive(
         return jax.tree.map(lambda a: a[0], sol.ys), sol.stats["num_steps"], sol.ts[0], done
 
     if error_norm == "batch":
-        y, *told = solve(x, _whole_batch(field))
+        y, *told = solve(x, _whole_batch(field, unpack))
         rows = jax.tree.leaves(x)[0].shape[:1]
         steps, stopped, done = (jnp.broadcast_to(a, rows) for a in told)
     else:
-        y, steps, stopped, done = jax.vmap(lambda row: solve(row, _row_by_row(field)))(x)
+        y, steps, stopped, done = jax.vmap(lambda row: solve(row, _row_by_row(field, unpack)))(x)
     finite = done & _rows_finite(None, y, None)
     return y, Stats(
         steps=steps.astype(jnp.int32),
@@ -206,38 +209,45 @@ def _rows_finite(t, x, args):
     return jnp.all(jnp.stack(rows), axis=0)
 
 
-def _whole_batch(field: Field) -> diffrax.ODETerm:
-    def all_rows(t, x, args):
-        return field(jnp.broadcast_to(t, jax.tree.leaves(x)[0].shape[:1]), x, args)
+def pack(args: Any) -> tuple[list[Array], Callable[[list[Array]], Any]]:
+    """The leaves of `args` for diffrax, and how to build `args` from them again.
+
+    diffrax takes pytrees apart and fills them with placeholders; a velocity stays out of that.
+    """
+    leaves, structure = jax.tree.flatten(args)
+    return leaves, partial(jax.tree.unflatten, structure)
+
+
+def _whole_batch(field: Field, unpack: Callable) -> diffrax.ODETerm:
+    def all_rows(t, x, leaves):
+        return field(jnp.broadcast_to(t, jax.tree.leaves(x)[0].shape[:1]), x, unpack(leaves))
 
     return diffrax.ODETerm(all_rows)
 
 
-def _row_by_row(field: Field) -> diffrax.ODETerm:
+def _row_by_row(field: Field, unpack: Callable) -> diffrax.ODETerm:
     """The field of one sample, which `jax.vmap` turns into one call for the whole batch.
 
     `args` hold rows of their own (the condition of a velocity), one a sample, so they must not be
     mapped over: the rule hands the field all rows at once.
     """
 
-    def one_row(t, row, args):
-        arrays, rest = eqx.partition(args, eqx.is_array)
-
+    def one_row(t, row, leaves):
         @jax.custom_batching.custom_vmap
-        def call(t, row, arrays):
-            del t, arrays  # outside of vmap nothing but the shape is asked for
+        def call(t, row, leaves):
+            del t, leaves  # outside of vmap nothing but the shape is asked for
             return jax.tree.map(jnp.zeros_like, row)
 
         @call.def_vmap
-        def _(size, mapped, t, rows, arrays):
+        def _(size, mapped, t, rows, leaves):
             t_mapped, rows_mapped, _ = mapped
             rows = jax.tree.map(
                 lambda a, m: a if m else jnp.broadcast_to(a, (size, *a.shape)), rows, rows_mapped
             )
             t = t if t_mapped else jnp.broadcast_to(t, (size,))
-            out = field(t, rows, eqx.combine(arrays, rest))
+            out = field(t, rows, unpack(leaves))
             return out, jax.tree.map(lambda _: True, out)
 
-        return call(t, row, arrays)
+        return call(t, row, leaves)
 
     return diffrax.ODETerm(one_row)

@@ -29,7 +29,7 @@ from jaxtyping import Array, Float, Key
 from lfm_jax import rng
 from lfm_jax.errors import UserError
 from lfm_jax.flow.grids import make_grid
-from lfm_jax.flow.ode import Stats, solve_terms
+from lfm_jax.flow.ode import Stats, pack, solve_terms
 from lfm_jax.flow.path import data_estimate, noise_estimate
 
 # Velocity evaluations a step; the last step is the denoising one and costs one.
@@ -91,14 +91,15 @@ def _solve(velocity, noise, keys, times, method, eta):
     finite = jnp.ones(noise.shape[:1], bool)
     stats = Stats(steps=jnp.zeros_like(finite, jnp.int32), finite=finite, failed_t=finite * jnp.nan)
     if steps > 1:
+        leaves, unpack = pack(velocity)
         if method == "ddim":
-            terms, solver = diffrax.ODETerm(_velocity), DDIM(eta=eta)
+            terms, solver = diffrax.ODETerm(partial(_velocity, unpack)), DDIM(eta=eta)
         else:
-            drift = diffrax.ODETerm(partial(_drift, eta))
+            drift = diffrax.ODETerm(partial(_drift, unpack, eta))
             path = Brownian(keys=keys, shape=noise.shape[1:])
             terms = diffrax.MultiTerm(drift, AdditiveNoise(eta=eta, path=path))
             solver = diffrax.Euler() if method == "euler_maruyama" else diffrax.Heun()
-        x, stats = solve_terms(terms, solver, (velocity, keys), noise, times[:-1])
+        x, stats = solve_terms(terms, solver, (leaves, keys), noise, times[:-1])
     t = jnp.full(x.shape[:1], times[-2])
     x = data_estimate(x, t, velocity(x, t))
     landed = jnp.all(jnp.isfinite(x), axis=tuple(range(1, x.ndim)))
@@ -106,12 +107,12 @@ def _solve(velocity, noise, keys, times, method, eta):
     return x, Stats(steps=stats.steps + 1, finite=stats.finite & landed, failed_t=failed_t)
 
 
-def _velocity(t, x, args):
-    return args[0](x, jnp.broadcast_to(t, x.shape[:1]))
+def _velocity(unpack, t, x, args):
+    return unpack(args[0])(x, jnp.broadcast_to(t, x.shape[:1]))
 
 
-def _drift(eta, t, x, args):
-    v = _velocity(t, x, args)
+def _drift(unpack, eta, t, x, args):
+    v = _velocity(unpack, t, x, args)
     return v + eta**2 * noise_estimate(x, jnp.broadcast_to(t, x.shape[:1]), v)
 
 
@@ -153,7 +154,7 @@ class AdditiveNoise(diffrax.AbstractTerm):
 
 
 class DDIM(diffrax.AbstractSolver):
-    """The stochastic DDIM step on the straight path; `args` are ``(velocity, keys)``."""
+    """The stochastic DDIM step on the straight path; `args` are ``(velocity's leaves, keys)``."""
 
     eta: float = eqx.field(static=True)
     term_structure: ClassVar = diffrax.AbstractTerm
