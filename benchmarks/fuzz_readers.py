@@ -15,6 +15,7 @@ import struct
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -94,6 +95,7 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=20000, help="damaged inputs a reader")
     parser.add_argument("--seed", type=int, default=0)
     flags = parser.parse_args()
+    warnings.simplefilter("ignore")  # Pillow comments on damaged TIFF tags
     with tempfile.TemporaryDirectory() as folder:
         for name, valid, read in readers(Path(folder)):
             source = random.Random(flags.seed)

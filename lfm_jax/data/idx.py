@@ -9,6 +9,7 @@ import math
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -45,7 +46,7 @@ def read_idx(path: Path, *, dimensions: int) -> UInt8[np.ndarray, "..."]:
         raise UserError(f"{path}: truncated or damaged ({error})") from None
 
 
-def _parse(file, path: Path, dimensions: int) -> np.ndarray:
+def _parse(file: Any, path: Path, dimensions: int) -> np.ndarray:
     head = file.read(4)
     if len(head) < 4:
         raise UserError(f"{path}: truncated: {len(head)} bytes are no IDX header")
@@ -63,13 +64,21 @@ def _parse(file, path: Path, dimensions: int) -> np.ndarray:
     if expected > _MAX_BYTES:
         raise UserError(f"{path}: the header claims {shape}; at most {_MAX_BYTES} bytes accepted")
     # One byte more than announced, to see trailing ones and to make gzip check its checksum.
-    data = file.read(expected + 1)
+    data = _read(file, expected + 1)
     if len(data) != expected:
         found = f"{len(data)} bytes" if len(data) < expected else "more"
         raise UserError(
             f"{path}: truncated or damaged: {shape} needs {expected} bytes, found {found}"
         )
     return np.frombuffer(data, np.uint8).reshape(shape)
+
+
+def _read(file: Any, size: int) -> bytearray:
+    """At most `size` bytes, in pieces: memory follows what is there, not what is claimed."""
+    data = bytearray()
+    while len(data) < size and (piece := file.read(min(size - len(data), 1 << 22))):
+        data += piece
+    return data
 
 
 def open_idx(path: str, *, split: str, preprocess: Preprocess) -> ImageSource:

@@ -7,7 +7,6 @@ the target with a bicubic filter, cut the central square.
 
 import dataclasses
 import io
-import warnings
 from typing import Any
 
 import numpy as np
@@ -58,17 +57,14 @@ class Preprocess:
         from PIL import Image
 
         try:
-            with warnings.catch_warnings():
-                # Pillow's own, larger limit only warns; ours below refuses.
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-                with Image.open(io.BytesIO(data)) as image:
-                    width, height = image.size
-                    if width * height > self.max_pixels:
-                        raise UserError(
-                            f"{where}: {width}x{height} pixels; at most {self.max_pixels} accepted"
-                        )
-                    image.load()
-                    array = _to_channels(image, self.channels)
+            with Image.open(io.BytesIO(data)) as image:
+                width, height = image.size
+                if width * height > self.max_pixels:
+                    raise UserError(
+                        f"{where}: {width}x{height} pixels; at most {self.max_pixels} accepted"
+                    )
+                image.load()
+                array = _to_channels(image, self.channels)
         except UserError:
             raise
         except Image.DecompressionBombError as error:
