@@ -141,7 +141,7 @@ def _state_dict(content: Any, weights: str, file: str) -> tuple[dict[str, Any], 
         # DDIM's order: model first, exponential moving average last.
         found = {"raw": dicts[0]} | ({"ema": dicts[-1]} if len(dicts) > 1 else {})
     elif _is_state(content):
-        return dict(content), "raw"
+        found = {"raw": content}
     elif isinstance(content, Mapping):
         found = {}
         for kind, keys in (("raw", RAW_KEYS), ("ema", EMA_KEYS)):
