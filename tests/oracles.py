@@ -22,7 +22,7 @@ def stub_torchvision() -> None:
         "torchvision.transforms.functional",
     ):
         module = types.ModuleType(name)
-        # Transformers asks importlib whether torchvision exists, and a module without a spec raises.
+        # Transformers asks importlib for torchvision, and a module without a spec raises.
         module.__spec__ = importlib.machinery.ModuleSpec(name, None)
         module.__getattr__ = lambda attribute: mock.MagicMock(name=attribute)
         sys.modules[name] = module

@@ -262,7 +262,8 @@ def test_two_processes_sum_to_one(tmp_path):
 
             images = load_digits().data.astype(np.uint8).reshape(-1, 8, 8, 1)
             half = images[:1000] if rank == 0 else images[1000:]
-            extractor = Extractor(params={}, model=Flat(), name="p", dim=64, input_size=8, channels=1)
+            extractor = Extractor(
+                params={}, model=Flat(), name="p", dim=64, input_size=8, channels=1)
             found = collect_features(extractor, half, batch_size=128, progress=False)
             np.savez(f"{out}/{rank}.npz", mean=found.statistics.mean,
                      cov=found.statistics.covariance, features=found.features)

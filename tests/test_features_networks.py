@@ -1,4 +1,4 @@
-"""The published networks against other people's, with shared random weights and real photographs."""
+"""The published networks against other people's: shared random weights, real photographs."""
 
 import dataclasses
 

@@ -1,8 +1,8 @@
 """How far would the figure move with other images? Bootstrap over the rows of features.
 
-The interval is the figure itself plus and minus z standard deviations of its bootstrap replicates, and
-not their percentiles: drawing with replacement repeats rows, which biases a Frechet distance upwards,
-so that its percentiles often do not even hold the figure.
+The interval is the figure itself plus and minus z standard deviations of its bootstrap replicates,
+and not their percentiles: drawing with replacement repeats rows, which biases a Frechet distance
+upwards, so that its percentiles often do not even hold the figure.
 """
 
 import dataclasses

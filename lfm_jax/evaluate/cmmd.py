@@ -2,8 +2,9 @@
 
     1000 (mean k(x, x') + mean k(y, y') - 2 mean k(x, y)),   k = exp(-|x - y|^2 / (2 * 10^2))
 
-of unit-length features, diagonals included as in the authors' code. It assumes no Gaussian, so it is
-sound at fewer images than a Frechet distance. The published values use CLIP ViT-L/14 at 336 pixels.
+of unit-length features, diagonals included as in the authors' code. It assumes no Gaussian, so it
+is sound at fewer images than a Frechet distance. The published values use CLIP ViT-L/14 at 336
+pixels.
 """
 
 import numpy as np

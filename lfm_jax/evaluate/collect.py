@@ -1,8 +1,8 @@
 """One pass over images: features out, statistics summed as they come.
 
 Every batch is padded to one size so that the network compiles once, sharded over the given devices,
-and reduced on the host in float64. Processes each pass their own share of the images and receive the
-statistics of all of them.
+and reduced on the host in float64. Processes each pass their own share of the images and receive
+the statistics of all of them.
 """
 
 import dataclasses

@@ -2,10 +2,10 @@
 
     d = |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))
 
-No matrix root is formed: with pivoted Cholesky factors ``S1 = F F^T``, ``S2 = G G^T`` the trace is the sum
-of the singular values of ``F^T G``. The factors drop the null space, so singular covariances need no
-jitter and nothing turns complex; 2048 dimensions take a second or two. float64 throughout. Only with the
-published Inception weights is it FID.
+No matrix root is formed: with pivoted Cholesky factors ``S1 = F F^T``, ``S2 = G G^T`` the trace is
+the sum of the singular values of ``F^T G``. The factors drop the null space, so singular
+covariances need no jitter and nothing turns complex; 2048 dimensions take a second or two. float64
+throughout. Only with the published Inception weights is it FID.
 """
 
 import numpy as np

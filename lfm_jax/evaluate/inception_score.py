@@ -1,7 +1,8 @@
-"""Inception score (Salimans et al., 2016, section 4): exp of the mean KL(p(y|x) || p(y)), per split.
+"""Inception score (Salimans et al., 2016): exp of the mean KL(p(y|x) || p(y)), per split.
 
-Two protocols are in use, and the figure depends on which: torch-fidelity shuffles with seed 2020 and cuts
-10 splits; ADM keeps the order and cuts chunks of 5,000. Both take logits without the last layer's bias.
+Two protocols are in use, and the figure depends on which: torch-fidelity shuffles with seed 2020
+and cuts 10 splits; ADM keeps the order and cuts chunks of 5,000. Both take logits without the last
+layer's bias.
 """
 
 import itertools

@@ -1,8 +1,8 @@
 """P-IDS and U-IDS: can a linear classifier tell inpainted images from real ones?
 
-Zhao et al. (2021, section 5): a linear SVM is fitted to Inception features of real and inpainted images.
-U-IDS is the share it gets wrong; P-IDS the share of pairs (an image and its own inpainting) of which
-the inpainting scores as the more real. Higher is better, 0.5 is indistinguishable.
+Zhao et al. (2021, section 5): a linear SVM is fitted to Inception features of real and inpainted
+images. U-IDS is the share it gets wrong; P-IDS the share of pairs (an image and its own inpainting)
+of which the inpainting scores as the more real. Higher is better, 0.5 is indistinguishable.
 """
 
 import numpy as np
@@ -21,7 +21,8 @@ def inpainting_discrimination(
     """
     if real.shape != fake.shape:
         raise UserError(
-            f"P-IDS: {len(real)} real and {len(fake)} inpainted images; accepted: pairs in one order"
+            f"P-IDS: {len(real)} real and {len(fake)} inpainted images; "
+            "accepted: pairs in one order"
         )
     svm = sklearn.svm.LinearSVC(dual=False)
     inputs = np.concatenate([real, fake]).astype(np.float64)

@@ -1,4 +1,4 @@
-"""Kernel inception distance: the unbiased MMD^2 with a cubic kernel (Binkowski et al., 2018, section 3).
+"""Kernel inception distance: the unbiased MMD^2 with a cubic kernel (Binkowski et al., 2018).
 
     k(x, y) = (<x, y> / d + 1)^3
     MMD^2 = sum_{i != j} k(x_i, x_j) / (n (n-1)) + the same of y - 2 mean_ij k(x_i, y_j)

@@ -1,6 +1,7 @@
 """All figures of one set of samples against one reference, each named with what it depends on.
 
-Only Inception's published weights make a FID; every other feature space is called ``FD-<features>``.
+Only Inception's published weights make a FID; every other feature space is called
+``FD-<features>``.
 """
 
 from collections.abc import Sequence
@@ -48,7 +49,7 @@ def measure(
         real_features: rows for kid, pr and cmmd where the reference file holds none.
         resamples: bootstrap replicates of the Frechet distance over the samples, 0 for none.
         force: compare across pipelines all the same; the result is marked.
-        allow_singular: accept no more images than dimensions, where the covariance has no full rank.
+        allow_singular: accept no more images than dimensions: a covariance without full rank.
 
     Raises:
         UserError: unknown metric, pipelines that differ, too few images, or parts that are missing.

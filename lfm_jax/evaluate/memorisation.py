@@ -1,8 +1,8 @@
-"""Does the model copy its training images? Nearest neighbours, with held-out images as the yardstick.
+"""Does the model copy its training images? Nearest neighbours, with held-out images to compare.
 
-A sample close to a training image means nothing by itself: so are unseen real images. Memorising shows
-where samples lie closer to the training set than held-out images do (the data-copying test of Meehan,
-Chaudhuri and Dasgupta, 2020, with one cell).
+A sample close to a training image means nothing by itself: so are unseen real images. Memorising
+shows where samples lie closer to the training set than held-out images do (the data-copying test of
+Meehan, Chaudhuri and Dasgupta, 2020, with one cell).
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ class Memorisation:
     Attributes:
         distance: of every sample to its nearest training image, in feature space.
         nearest: which training image that is.
-        share: of samples nearer than the nearest 1 % of held-out images; about 0.01 if none is copied.
+        share: of samples nearer than the nearest 1 % of held-out images; 0.01 if none is copied.
         z_score: of the Mann-Whitney test that samples are farther than held-out images; below -3
             is copying, far above 3 is underfitting.
         suspects: samples in order of their distance, the most suspicious first.

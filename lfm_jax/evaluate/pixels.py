@@ -1,6 +1,7 @@
 """From a network's floats to the bytes that are judged: the rule is part of the figure.
 
-Published pipelines differ here by up to one level a pixel, which moves a FID of 2 in the second digit.
+Published pipelines differ here by up to one level a pixel, which moves a FID of 2 in the second
+digit.
 """
 
 import io

@@ -1,6 +1,7 @@
 """Manifold metrics: precision, recall, density and coverage from k-nearest-neighbour balls.
 
-Around every real feature lies the ball that reaches its k-th real neighbour; likewise for generated ones.
+Around every real feature lies the ball that reaches its k-th real neighbour; likewise for generated
+ones.
 
     precision  share of generated features inside any real ball       (Kynkaanniemi et al., 2019)
     recall     share of real features inside any generated ball
@@ -24,7 +25,7 @@ from lfm_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ManifoldFigures:
-    """Each in [0, 1], except density, which may exceed 1; `k` is the neighbour that set the radii."""
+    """Each in [0, 1] except density, which may exceed 1; `k` is the neighbour behind the radii."""
 
     precision: float
     recall: float

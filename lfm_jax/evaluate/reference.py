@@ -14,8 +14,9 @@ format          keys                                                  pixels
 ``features``    ``feats``: clean-fid's KID                            not said: must be given
 ==============  ====================================================  ===========================
 
-A reference remembers extractor, pixel pipeline, crop, count and hashes. `check_comparable` refuses what
-would compare two pipelines; the pickles are read by an unpickler that knows numpy arrays alone.
+A reference remembers extractor, pixel pipeline, crop, count and hashes. `check_comparable` refuses
+what would compare two pipelines; the pickles are read by an unpickler that knows numpy arrays
+alone.
 """
 
 import dataclasses
@@ -38,7 +39,10 @@ from lfm_jax.features.dino import dino_pipeline
 from lfm_jax.features.inception import PIPELINES, inception_pipeline
 
 FORMATS = ("lfm_jax", "adm", "moments", "meanflow", "edm2", "features")
-ACCEPTED = "accepted: npz of ADM, pytorch-fid, clean-fid, EDM, MeanFlow or lfm_jax, EDM2's .pkl, LFM's .npy"
+ACCEPTED = (
+    "accepted: npz of ADM, pytorch-fid, clean-fid, EDM, MeanFlow or lfm_jax, EDM2's .pkl, "
+    "LFM's .npy"
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,7 +123,7 @@ def check_comparable(features: FeatureSet, reference: Reference, *, force: bool 
     """ "" if both were made by one pipeline, a mark for the report if forced.
 
     Raises:
-        UserError: another or an unknown pipeline, other weights or another dimension, unless `force`
+        UserError: another or an unknown pipeline, other weights or dimension, unless `force`
             (another dimension always).
     """
     dim = len(features.statistics.mean)
@@ -283,7 +287,8 @@ def write_reference(
 
     Args:
         format: ``lfm_jax`` (everything; pytorch-fid, clean-fid, EDM and, with spatial statistics,
-            ADM's evaluator read it too), ``adm``, ``moments``, ``meanflow``, ``edm2``, ``features``.
+            ADM's evaluator read it too), ``adm``, ``moments``, ``meanflow``, ``edm2`` or
+            ``features``.
 
     Raises:
         UserError: unknown format, or the reference lacks what it holds.

@@ -1,7 +1,8 @@
 """Sample files of anyone's making: ``arr_0`` uint8 NHWC and optionally ``arr_1`` labels.
 
-The format that ADM's sampler writes and its evaluator reads. What is not exactly that is refused with
-the reason: a figure over floats that were cast, or over channels taken for rows, looks like any other.
+The format that ADM's sampler writes and its evaluator reads. What is not exactly that is refused
+with the reason: a figure over floats that were cast, or over channels taken for rows, looks like
+any other.
 """
 
 import dataclasses
@@ -60,7 +61,7 @@ def read_samples(path: str | os.PathLike) -> Samples:
 
 
 def check_images(images: np.ndarray, what: str) -> None:
-    """`UserError` unless `images` are uint8 NHWC with 1 or 3 channels; `what` begins the message."""
+    """`UserError`, beginning with `what`, unless `images` are uint8 NHWC with 1 or 3 channels."""
     shape = list(images.shape)
     if images.dtype != np.uint8:
         hint = ""

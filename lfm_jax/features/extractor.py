@@ -2,8 +2,8 @@
 
 An extractor is a frozen pytree: `params` are its leaves, everything else is static, so a jitted
 function that takes one compiles once per architecture and not once per set of weights. What happens
-to the pixels before the network (the resize rule, the crop, the affine map to the network's scale) is
-part of the extractor, because two numbers are comparable only if it is the same.
+to the pixels before the network (the resize rule, the crop, the affine map to the network's scale)
+is part of the extractor, because two numbers are comparable only if it is the same.
 
 Your own network is one Linen module returning ``{"features": [b, d], ...}`` and one call::
 
@@ -36,8 +36,8 @@ class Extractor:
 
     Attributes:
         params: the network's parameters (nested dict, float32).
-        model: Linen module, ``model.apply({"params": p}, x) -> {"features": [b, d], ...}``; optional
-            further entries: ``"logits" [b, k]`` and ``"spatial" [b, d']`` (what sFID is taken of).
+        model: Linen module, ``model.apply({"params": p}, x) -> {"features": [b, d], ...}``;
+            optional entries: ``"logits" [b, k]`` and ``"spatial" [b, d']`` (sFID is of these).
         name: what reports call it; the feature space of an ``FD-<name>``.
         dim: d, the width of ``"features"``.
         input_size: side of the square that the network sees, pixels.
@@ -122,7 +122,7 @@ def _flatten(params) -> dict[str, np.ndarray]:
 
 
 def write_params(path: str | os.PathLike, params, metadata: dict) -> None:
-    """Write `params` to one safetensors file with `metadata` (JSON) in its header, all or nothing."""
+    """Write `params` to a safetensors file, `metadata` (JSON) in its header, all or nothing."""
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {k: jnp.asarray(v) for k, v in _flatten(params).items()}

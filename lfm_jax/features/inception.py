@@ -1,14 +1,15 @@
 """InceptionV3 as in TensorFlow's graph of 2015-12-05: the network that FID is defined by.
 
-What differs from the InceptionV3 of model zoos: 1008 outputs; average pools inside the blocks divide by
-the pixels in the image and not by nine; the pool branch of the last block is a max pool; convolutions
-are valid in the stem and in the strided blocks. Batch norms (epsilon 1e-3) are constants at inference
-and are folded into the convolutions when the weights are read.
+What differs from the InceptionV3 of model zoos: 1008 outputs; average pools inside the blocks
+divide by the pixels in the image and not by nine; the pool branch of the last block is a max pool;
+convolutions are valid in the stem and in the strided blocks. Batch norms (epsilon 1e-3) are
+constants at inference and are folded into the convolutions when the weights are read.
 
-Outputs: ``features [b, 2048]`` (mean over the last 8x8 map, the graph's ``pool_3``); ``logits [b, 1008]``
-without the bias, as the inception score of the reference implementation takes them; and ``spatial
-[b, 2023]``, the first 7 channels of ``mixed_6/conv`` in row-major NHWC order, for sFID (Nash et al.,
-2021). That node of the graph is the rectified output: its convolution is called ``mixed_6/conv/Conv2D``.
+Outputs: ``features [b, 2048]`` (mean over the last 8x8 map, the graph's ``pool_3``); ``logits [b,
+1008]`` without the bias, as the inception score of the reference implementation takes them; and
+``spatial [b, 2023]``, the first 7 channels of ``mixed_6/conv`` in row-major NHWC order, for sFID
+(Nash et al., 2021). That node of the graph is the rectified output: its convolution is called
+``mixed_6/conv/Conv2D``.
 """
 
 import os
@@ -241,7 +242,7 @@ def inception(
 
     Args:
         path: torch or safetensors file; empty fetches it once into the cache folder.
-        pipeline: ``tf1`` (ADM, torch-fidelity, EDM), ``torch`` (pytorch-fid) or ``clean`` (clean-fid).
+        pipeline: ``tf1`` (ADM, torch-fidelity, EDM), ``torch`` (pytorch-fid), ``clean``.
         check: refuse a file whose sha256 is not the published one (a conversion has another).
 
     Raises:

@@ -1,18 +1,18 @@
 """Resizing exactly as the libraries do whose numbers are compared with.
 
-Every rule is separable and linear: ``y = A_h x A_w^T`` with one row of weights per output pixel, built
-in float64 on the host and applied as two matrix products, on the device and differentiable.
+Every rule is separable and linear: ``y = A_h x A_w^T`` with one row of weights per output pixel,
+built in float64 on the host and applied as two matrix products, on the device and differentiable.
 
-==============  =========================================================  ==========================
-rule            weights of output pixel i, scale = in / out                who uses it
-==============  =========================================================  ==========================
-``tf1``         2 taps at ``i * scale``; no half pixel, no antialias       ADM, torch-fidelity, EDM
-``torch``       2 taps at ``(i + 1/2) scale - 1/2``; no antialias          pytorch-fid, and LFM by it
-``clean``       bicubic (a = -1/2) stretched by ``max(scale, 1)``          clean-fid (PIL, mode F)
-``bicubic``     the same, not clipped                                      EDM2's DINOv2 (torch)
-``bilinear``    triangle stretched by ``max(scale, 1)``                    PIL and antialiased torch
-``lanczos``     3-lobed sinc stretched by ``max(scale, 1)``                PIL
-==============  =========================================================  ==========================
+==============  ====================================================  ==========================
+rule            weights of output pixel i, scale = in / out           who uses it
+==============  ====================================================  ==========================
+``tf1``         2 taps at ``i * scale``; no half pixel, no antialias  ADM, torch-fidelity, EDM
+``torch``       2 taps at ``(i + 1/2) scale - 1/2``; no antialias     pytorch-fid, and LFM by it
+``clean``       bicubic (a = -1/2) stretched by ``max(scale, 1)``     clean-fid (PIL, mode F)
+``bicubic``     the same, not clipped                                 EDM2's DINOv2 (torch)
+``bilinear``    triangle stretched by ``max(scale, 1)``               PIL and antialiased torch
+``lanczos``     3-lobed sinc stretched by ``max(scale, 1)``           PIL
+==============  ====================================================  ==========================
 
 The antialiased rules sample their kernel at the centres of the source pixels in reach and normalise
 each row to one. ``clean`` clips to [0, 255] at the end as clean-fid does, since bicubic overshoots.
@@ -64,7 +64,7 @@ def resize_matrix(size_in: int, size_out: int, rule: str) -> np.ndarray:
     out = np.arange(size_out)
     if rule in KERNELS:
         kernel, reach = KERNELS[rule]
-        # Torch places its kernel in float32, Pillow in double: seen at 2e-3 of a level at 512 pixels.
+        # Torch places its kernel in float32, Pillow in double: 2e-3 of a level at 512 pixels.
         real = np.float32 if rule == "bicubic" else np.float64
         scale = real(scale)
         stretch = max(scale, real(1))

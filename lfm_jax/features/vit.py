@@ -1,8 +1,9 @@
 """The pre-norm vision transformer that CLIP's image tower and DINOv2 share.
 
-Patches to tokens, a class token, learned positions, ``depth`` blocks of attention and MLP, a last norm;
-the two families differ in the activation, a norm before the blocks, layer scale and the bias of the
-patch embedding, and are given by those four (Dosovitskiy et al., 2021; Touvron et al., 2021).
+Patches to tokens, a class token, learned positions, ``depth`` blocks of attention and MLP, a last
+norm; the two families differ in the activation, a norm before the blocks, layer scale and the bias
+of the patch embedding, and are given by those four (Dosovitskiy et al., 2021; Touvron et al.,
+2021).
 """
 
 import jax.numpy as jnp

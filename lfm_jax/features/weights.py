@@ -1,8 +1,8 @@
 """Published weights: found by path or fetched once, checked by sha256, read without executing them.
 
-Torch files are opened with ``weights_only=True``: tensors and plain containers, no code. What a file is
-comes from its bytes, not from its name: a hash other than the published one is refused, because a
-network that is nearly the right one gives numbers that nearly compare.
+Torch files are opened with ``weights_only=True``: tensors and plain containers, no code. What a
+file is comes from its bytes, not from its name: a hash other than the published one is refused,
+because a network that is nearly the right one gives numbers that nearly compare.
 """
 
 import dataclasses
