@@ -13,10 +13,10 @@ all from the same side:
 - the error of the velocity is at most the whole validation loss, an *upper* estimate (the loss also
   holds the conditional variance, which no network removes).
 
-Instead of L, the bound also holds with the one-sided constant M of the way down, the supremum of
-the largest eigenvalue of ``-(J + J^T)/2``, and with the time integral of either in place of the
-supremum (Gronwall's lemma); these are often far smaller. The exponential makes logarithms
-necessary.
+Gronwall's lemma on the way down gives more than L: with the one-sided constant ``M(t)``, the
+supremum of the largest eigenvalue of ``-(J + J^T)/2``, the exponent ``1/2 + L`` may be replaced by
+``sup_t int_0^t (1/2 + M)``, which is often far smaller, and is never below 0: a contraction on one
+part of the way does not excuse an error made after it. The exponential makes logarithms necessary.
 """
 
 import dataclasses
@@ -41,7 +41,8 @@ class WassersteinBound:
     Attributes:
         log_autoencoder: log of the root mean squared reconstruction error (L2 norm of an image).
         log_flow: log of the second term.
-        log_decoder, exponent, log_velocity: its factors: log L_g, 1/2 + L, log of the error's root.
+        log_decoder, exponent, log_velocity: its factors: log L_g, the exponent (at least 0), log of
+            the error's root.
         log_total: log of the bound.
         log_diameter: log of the data's diameter, NaN when not given.
     """
@@ -94,7 +95,7 @@ def wasserstein_bound(
     Args:
         autoencoder_error: ``E|x - g(f(x))|^2``, a squared L2 norm (not a mean over pixels).
         decoder_lipschitz: L_g.
-        velocity_lipschitz: L, or a one-sided constant, or the time integral of either.
+        velocity_lipschitz: L, or one of the smaller constants of `velocity_profile`.
         velocity_error: ``int E|v - v^|^2 dt``, a squared L2 norm.
         diameter: of the data, in the same L2 norm.
 
@@ -112,7 +113,7 @@ def wasserstein_bound(
         log_autoencoder = 0.5 * float(np.log(autoencoder_error))
         log_decoder = float(np.log(decoder_lipschitz))
         log_velocity = 0.5 * float(np.log(velocity_error))
-    exponent = 0.5 + float(velocity_lipschitz)
+    exponent = max(0.5 + float(velocity_lipschitz), 0.0)
     log_flow = log_decoder + exponent + log_velocity
     return WassersteinBound(
         log_autoencoder=log_autoencoder,
@@ -190,10 +191,17 @@ def velocity_profile(
     """The learned velocity's constants over time, on noised data.
 
     Returns:
-        ``t``, ``lipschitz`` and ``one_sided`` (maxima over rows, one a time), their suprema
-        ``sup_lipschitz``, ``sup_one_sided`` and time integrals ``int_lipschitz``,
-        ``int_one_sided`` (trapezoid over `times`, which must rise).
+        ``t``, ``lipschitz`` and ``one_sided`` (maxima over rows, one a time), and what may stand
+        for L in the bound: the suprema ``sup_lipschitz``, ``sup_one_sided`` and, by the trapezoid
+        rule over `times`, ``int_lipschitz`` and ``int_one_sided``, which is
+        ``sup_t int_0^t (1/2 + M) - 1/2``.
+
+    Raises:
+        UserError: `times` that do not rise from 0 to 1.
     """
+    times = [float(value) for value in times]
+    if len(times) < 2 or (times[0], times[-1]) != (0.0, 1.0) or np.any(np.diff(times) <= 0):
+        raise UserError(f"times: {times} do not rise from 0 to 1")
     rows = jnp.arange(x0.shape[0], dtype=jnp.uint32)
     noise = rng.normal(rng.stream_keys(key, rng.Stream.NOISE, rows), x0.shape[1:])
     keys = rng.stream_keys(key, rng.Stream.SAMPLE, rows)
@@ -204,14 +212,16 @@ def velocity_profile(
         norm, side = velocity_constants(velocity, x, t, keys, iterations=iterations)
         norms.append(float(norm.max()))
         sides.append(float(side.max()))
+    rates = 0.5 + np.asarray(sides)
+    partial_sums = np.cumsum(0.5 * (rates[1:] + rates[:-1]) * np.diff(times))
     return {
-        "t": [float(value) for value in times],
+        "t": times,
         "lipschitz": norms,
         "one_sided": sides,
         "sup_lipschitz": max(norms),
         "sup_one_sided": max(sides),
         "int_lipschitz": float(np.trapezoid(norms, times)),
-        "int_one_sided": float(np.trapezoid(sides, times)),
+        "int_one_sided": float(max(partial_sums.max(), 0.0) - 0.5),
     }
 
 

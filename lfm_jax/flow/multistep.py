@@ -14,10 +14,10 @@ the linear rest exactly. From ``dx/dt = (x - D)/t``: with ``D(t) = D_n + (t - t_
 
     x' = (s/t) x + (1 - s/t) D_n - k [s ln(s/t) + t - s],
 
-which is finite at t = 1 and at s = 0; its error falls like ``h^2 log(1/h)``. It is the flow's DPM-Solver++(2M) (Lu et al. 2022, eq. 17)
-with time in place of the log-SNR as the variable of extrapolation, which is infinite at both ends.
-It pays on grids that are fine near the data (``quadratic``) with few steps; on the uniform grid
-`AdamsBashforth2` is ahead.
+which is finite at t = 1 and at s = 0; its error falls like ``h^2 log(1/h)``. It is the flow's
+DPM-Solver++(2M) (Lu et al. 2022, eq. 17) with time in place of the log-SNR, which is infinite at
+both ends, as the variable of extrapolation. It pays on grids that are fine near the data
+(``quadratic``) with few steps; on the uniform grid `AdamsBashforth2` is ahead.
 """
 
 from collections.abc import Callable
