@@ -82,34 +82,53 @@ def raw_network(imported):
     return create_model(imported.name, **{**imported.overrides, "convention": "flow"})
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_forward_equals_an_independent_network_and_the_round_trip_is_exact(case, tmp_path):
-    family = case.split(",")[0]
-    make, side, channels, classes = CASES[case]
+def import_case(case, folder):
+    """A case's network with random weights, its state, and the same network imported."""
+    make, _, _, _ = CASES[case]
     network = theirs.randomise(make())
-    state = write(network, tmp_path / "in.pth", "module." if "," in case else "")
-    found = weights.import_torch(family, tmp_path / "in.pth", **overrides_of(case))
+    state = write(network, folder / "in.pth", "module." if "," in case else "")
+    return (
+        network,
+        state,
+        weights.import_torch(case.split(",")[0], folder / "in.pth", **overrides_of(case)),
+    )
 
+
+def relative_error(ours, expected):
+    return float(np.abs(ours - expected).max() / np.abs(expected).max())
+
+
+def forward_error(case, folder):
+    """Largest error of the imported network's output, relative to the largest output."""
+    network, _, found = import_case(case, folder)
+    _, side, channels, classes = CASES[case]
     x, t, y = inputs(side, channels, classes)
     out = found.latent_shape[2]
     cond = Cond(
         label=None if y is None else jnp.asarray(y),
         spatial=jnp.asarray(x[..., out:]) if channels > out else None,
     )
-    scale = found.overrides["time_scale"]
+    time = torch.from_numpy(t * found.overrides["time_scale"])
     with torch.no_grad():
         label = () if y is None else (torch.from_numpy(y),)
-        expected = network(
-            torch.from_numpy(x.transpose(0, 3, 1, 2)), torch.from_numpy(t * scale), *label
-        )
-    expected = nhwc(expected)[..., :out]
+        expected = network(torch.from_numpy(x.transpose(0, 3, 1, 2)), time, *label)
     ours = run(raw_network(found), found.params, x[..., :out], t, cond)
-    np.testing.assert_allclose(ours, expected, atol=TOLERANCE * np.abs(expected).max())
+    return relative_error(ours, nhwc(expected)[..., :out])
 
-    weights.save_torch(
-        family, found.params, tmp_path / "out.pth", model=found.model(), latent_size=side, prefix=""
-    )
-    back = torch.load(tmp_path / "out.pth", weights_only=True)
+
+@pytest.mark.parametrize("case", CASES)
+def test_forward_equals_an_independent_network(case, tmp_path):
+    assert forward_error(case, tmp_path) < TOLERANCE
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_round_trip_is_exact(case, tmp_path):
+    family, (_, side, _, _) = case.split(",")[0], CASES[case]
+    _, state, found = import_case(case, tmp_path)
+    file = tmp_path / "out.pth"
+    options = {"model": found.model(), "latent_size": side, "prefix": ""}
+    weights.save_torch(family, found.params, file, **options)
+    back = torch.load(file, weights_only=True)
     assert set(back) == {name.removeprefix("module.") for name in state}
     for name, value in state.items():
         mine = back[name.removeprefix("module.")]
@@ -117,11 +136,11 @@ def test_forward_equals_an_independent_network_and_the_round_trip_is_exact(case,
             assert torch.equal(value, mine), name
         else:  # the learned variance is not kept, the table is computed anew
             assert "final_layer" in name or name.startswith("out.2") or "pos_embed" in name
-    again = weights.load_torch(family, tmp_path / "out.pth", model=found.model())
+    again = weights.load_torch(family, file, model=found.model())
     jax.tree.map(np.testing.assert_array_equal, found.params, again)
 
 
-def test_diffusers_dit_in_and_out(tmp_path):
+def import_diffusers_dit(folder):
     network = diffusers.DiTTransformer2DModel(
         num_attention_heads=4, attention_head_dim=16, in_channels=4, out_channels=8, num_layers=2,
         sample_size=8, patch_size=2, num_embeds_ada_norm=10, norm_eps=1e-6,
@@ -130,58 +149,65 @@ def test_diffusers_dit_in_and_out(tmp_path):
     with torch.no_grad():  # a DiT has one embedder: diffusers' copies are equal in every real file
         for name, value in network.transformer_blocks[0].norm1.emb.state_dict().items():
             network.transformer_blocks[1].norm1.emb.state_dict()[name].copy_(value)
-    network.save_pretrained(tmp_path)
-    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    network.save_pretrained(folder)
+    file = folder / "diffusion_pytorch_model.safetensors"
     found = weights.import_torch("diffusers-dit", file, heads=4)
+    expected = call_diffusers(network, 8, 4, 10)[..., :4]
     x, _, y = inputs(8, 4, 10)
-    index = np.array([0, 421, 999])
+    cond = Cond(label=jnp.asarray(y))
+    ours = run(raw_network(found), found.params, x, np.float32(INDEX / 1000), cond)
+    return network, found, relative_error(ours, expected)
+
+
+INDEX = np.array([0, 421, 999])
+
+
+def call_diffusers(network, side, channels, classes):
+    x, _, y = inputs(side, channels, classes)
+    label = () if y is None else (torch.from_numpy(y),)
     with torch.no_grad():
-        expected = network(
-            torch.from_numpy(x.transpose(0, 3, 1, 2)), torch.from_numpy(index), torch.from_numpy(y)
-        ).sample
-    expected = nhwc(expected)[..., :4]
-    t = np.float32(index / 1000)
-    ours = run(raw_network(found), found.params, x, t, Cond(label=jnp.asarray(y)))
-    np.testing.assert_allclose(ours, expected, atol=TOLERANCE * np.abs(expected).max())
-
-    out = tmp_path / "out.safetensors"
-    weights.save_torch("diffusers-dit", found.params, out, model=found.model())
-    config = network.config | {"out_channels": 4}
-    other = diffusers.DiTTransformer2DModel.from_config(config)
-    state = weights.read_tensors(out).tensors
-    other.load_state_dict({name: torch.from_numpy(value) for name, value in state.items()})
-    with torch.no_grad():
-        half = other.eval()(
-            torch.from_numpy(x.transpose(0, 3, 1, 2)), torch.from_numpy(index), torch.from_numpy(y)
-        ).sample
-    np.testing.assert_allclose(nhwc(half), expected, atol=1e-5 * np.abs(expected).max())
-    again = weights.load_torch("diffusers-dit", out, model=found.model())
-    jax.tree.map(np.testing.assert_array_equal, found.params, again)
+        image = torch.from_numpy(x.transpose(0, 3, 1, 2))
+        return nhwc(network.eval()(image, torch.from_numpy(INDEX), *label).sample)
 
 
-def ddpm_network():
+def import_diffusers_ddpm(folder):
     network = diffusers.UNet2DModel(
         sample_size=32, in_channels=3, out_channels=3, layers_per_block=1, norm_eps=1e-6,
         block_out_channels=(32, 64, 64), downsample_padding=0, flip_sin_to_cos=False, freq_shift=1,
         down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"), attention_head_dim=None,
     )  # fmt: skip
-    return theirs.randomise(network)
+    write(theirs.randomise(network), folder / "in.pt")
+    found = weights.import_torch("diffusers-ddpm", folder / "in.pt")
+    x, _, _ = inputs(32, 3, 0)
+    ours = run(raw_network(found), found.params, x, np.float32(INDEX / 1000))
+    return network, found, relative_error(ours, call_diffusers(network, 32, 3, 0))
+
+
+DIFFUSERS = {
+    "diffusers DiTTransformer2DModel": import_diffusers_dit,
+    "diffusers UNet2DModel": import_diffusers_ddpm,
+}
+
+
+def test_diffusers_dit_in_and_out(tmp_path):
+    network, found, error = import_diffusers_dit(tmp_path)
+    assert error < TOLERANCE
+    out = tmp_path / "out.safetensors"
+    weights.save_torch("diffusers-dit", found.params, out, model=found.model())
+    other = diffusers.DiTTransformer2DModel.from_config(network.config | {"out_channels": 4})
+    state = weights.read_tensors(out).tensors
+    other.load_state_dict({name: torch.from_numpy(value) for name, value in state.items()})
+    expected = call_diffusers(network, 8, 4, 10)[..., :4]
+    assert relative_error(call_diffusers(other, 8, 4, 10), expected) < 1e-5
+    again = weights.load_torch("diffusers-dit", out, model=found.model())
+    jax.tree.map(np.testing.assert_array_equal, found.params, again)
 
 
 def test_ddpm_against_diffusers_and_through_ddim_names(tmp_path):
-    network = ddpm_network()
-    write(network, tmp_path / "in.pt")
-    found = weights.import_torch("diffusers-ddpm", tmp_path / "in.pt")
+    _, found, error = import_diffusers_ddpm(tmp_path)
+    assert error < TOLERANCE
     assert found.latent_shape == (32, 32, 3) and found.t_max == pytest.approx(0.9937, abs=1e-4)
-    x, _, _ = inputs(32, 3, 0)
-    index = np.array([0, 421, 999])
-    with torch.no_grad():
-        expected = network(
-            torch.from_numpy(x.transpose(0, 3, 1, 2)), torch.from_numpy(index)
-        ).sample
-    ours = run(raw_network(found), found.params, x, np.float32(index / 1000))
-    np.testing.assert_allclose(ours, nhwc(expected), atol=TOLERANCE * float(expected.abs().max()))
 
     weights.save_torch("ddpm", found.params, tmp_path / "raw.ckpt", model=found.model())
     state = torch.load(tmp_path / "raw.ckpt", weights_only=True)
