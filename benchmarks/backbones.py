@@ -158,7 +158,7 @@ def speed(sizes: list[str], repeats: int, clock: str, command: str) -> None:
                 ratio = statistics.median(a / b for a, b in pairs)
                 asked = ("<=", 1.0) if their == "torch" else ("report", None)
                 note = (
-                    f"batch {BATCH[size]}, 32x32x4 latents, fp32, {repeats} alternating turns, {how}; "
+                    f"batch {BATCH[size]}, 32x32x4 latents, fp32, {how}, {repeats} turns; "
                     f"scanned blocks: {medians['scanned'] / medians[their]:.2f}"
                 )
                 record("backbones", f"DiT-{size}/2 {what} / {name}", ratio, *asked, command, note)
