@@ -17,11 +17,13 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Key
 
 from lfm_jax.errors import UserError
 from lfm_jax.vae import layers
 
+AnyArray = Array | np.ndarray
 LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0
 
 
@@ -55,9 +57,9 @@ class DiagonalGaussian:
         return 0.5 * (jnp.square(self.mean) + jnp.exp(self.logvar) - 1.0 - self.logvar)
 
 
-def from_moments(moments: Float[Array, "b h w m"]) -> DiagonalGaussian:
+def from_moments(moments: Float[AnyArray, "b h w m"]) -> DiagonalGaussian:
     """Split ``[mean, logvar]`` and clamp the logvar."""
-    mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
+    mean, logvar = jnp.split(jnp.asarray(moments, jnp.float32), 2, axis=-1)
     return DiagonalGaussian(mean=mean, logvar=jnp.clip(logvar, LOGVAR_MIN, LOGVAR_MAX))
 
 
@@ -211,32 +213,34 @@ class AutoencoderKL(nn.Module):
         if self.use_post_quant_conv:
             self.post_quant_conv = layers.Conv(self.latent_channels, **pointwise)
 
-    def encode(self, images: Float[Array, "b h w c"]) -> DiagonalGaussian:
+    def encode(self, images: Float[AnyArray, "b h w c"]) -> DiagonalGaussian:
         """Images in [-1, 1] to the posterior over unscaled latents (float32).
 
         Raises:
             UserError: a side is not a multiple of `factor`, or the channels are not `in_channels`.
         """
         check_images(images.shape, factor=self.factor, channels=self.in_channels)
-        h = self.encoder(images)
+        h = self.encoder(jnp.asarray(images))
         return from_moments(self.quant_conv(h) if self.use_quant_conv else h)
 
-    def decode(self, z: Float[Array, "b h w c"]) -> Float[Array, "b i j d"]:
+    def decode(self, z: Float[AnyArray, "b h w c"]) -> Float[Array, "b i j d"]:
         """Unscaled latents to images, about [-1, 1] and not clipped (float32).
 
         Raises:
             UserError: the channels are not `latent_channels`.
         """
         check_latents(z.shape, channels=self.latent_channels)
+        z = jnp.asarray(z)
         z = self.post_quant_conv(z) if self.use_post_quant_conv else z
         return self.decoder(z).astype(jnp.float32)
 
-    def decode_bottom(self, z: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
+    def decode_bottom(self, z: Float[AnyArray, "b h w c"]) -> Float[Array, "b h w d"]:
         """Unscaled latents through the decoder's mid block: the part that tiling cannot cut."""
+        z = jnp.asarray(z)
         z = self.post_quant_conv(z) if self.use_post_quant_conv else z
         return self.decoder(z, bottom=True)
 
-    def __call__(self, images: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
+    def __call__(self, images: Float[AnyArray, "b h w c"]) -> Float[Array, "b h w d"]:
         """Decode the posterior's mode: the reconstruction, and what `init` traces."""
         return self.decode(self.encode(images).mode())
 

@@ -17,7 +17,13 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from lfm_jax.errors import UserError
-from lfm_jax.vae.autoencoder import LOGVAR_MIN, DiagonalGaussian, check_images, check_latents
+from lfm_jax.vae.autoencoder import (
+    LOGVAR_MIN,
+    AnyArray,
+    DiagonalGaussian,
+    check_images,
+    check_latents,
+)
 
 
 @flax.struct.dataclass
@@ -63,17 +69,17 @@ class Codec:
             return hashlib.sha256(f"identity {self.channels}".encode()).hexdigest()
         return encoder_fingerprint(self.params)
 
-    def encode_moments(self, images: Float[Array, "b h w c"]) -> Float[Array, "b i j d"]:
+    def encode_moments(self, images: Float[AnyArray, "b h w c"]) -> Float[Array, "b i j d"]:
         """Images in [-1, 1] to unscaled ``[mean, logvar]`` in the channels, float32."""
         if self.model is None:
             check_images(images.shape, factor=1, channels=self.channels)
-            mean = images.astype(jnp.float32)
+            mean = jnp.asarray(images, jnp.float32)
             return DiagonalGaussian(mean=mean, logvar=jnp.full_like(mean, LOGVAR_MIN)).moments
         return self.model.apply({"params": self.params}, images, method="encode").moments
 
-    def decode(self, z: Float[Array, "b h w c"]) -> Float[Array, "b i j d"]:
+    def decode(self, z: Float[AnyArray, "b h w c"]) -> Float[Array, "b i j d"]:
         """Scaled latents to images, about [-1, 1] and not clipped, float32."""
-        z = z / self.scale + self.shift
+        z = jnp.asarray(z) / self.scale + self.shift
         if self.model is None:
             check_latents(z.shape, channels=self.channels)
             return z.astype(jnp.float32)
@@ -96,7 +102,7 @@ def identity_codec(channels: int) -> Codec:
     return Codec(params={}, model=None, scale=1.0, shift=0.0, channels=channels)
 
 
-def measure_scale(moments: Float[Array | np.ndarray, "n h w d"]) -> tuple[float, float]:
+def measure_scale(moments: Float[AnyArray, "n h w d"]) -> tuple[float, float]:
     """Scale and shift that give latents mean 0 and variance 1 over all elements.
 
     The variance is that of posterior samples: the means' own plus the posterior's average. (Latent
@@ -120,11 +126,11 @@ def encoder_fingerprint(params: Any) -> str:
     return digest.hexdigest()
 
 
-def from_uint8(images: UInt8[Array | np.ndarray, "b h w c"]) -> Float[Array, "b h w c"]:
+def from_uint8(images: UInt8[AnyArray, "b h w c"]) -> Float[Array, "b h w c"]:
     """Bytes to [-1, 1]: ``x / 127.5 - 1``."""
     return jnp.asarray(images).astype(jnp.float32) / 127.5 - 1.0
 
 
-def to_uint8(images: Float[Array, "b h w c"]) -> UInt8[Array, "b h w c"]:
+def to_uint8(images: Float[AnyArray, "b h w c"]) -> UInt8[Array, "b h w c"]:
     """[-1, 1] to bytes: ``round(clip((x + 1) * 127.5, 0, 255))``."""
-    return jnp.round(jnp.clip((images + 1.0) * 127.5, 0.0, 255.0)).astype(jnp.uint8)
+    return jnp.round(jnp.clip((jnp.asarray(images) + 1.0) * 127.5, 0.0, 255.0)).astype(jnp.uint8)

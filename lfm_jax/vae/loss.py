@@ -12,36 +12,38 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Integer, Key, UInt8
+from jaxtyping import Array, Float, Integer, Key
 
 from lfm_jax.errors import UserError
 from lfm_jax.rng import Stream, normal, stream_keys, uniform
-from lfm_jax.vae.autoencoder import DiagonalGaussian
+from lfm_jax.vae.autoencoder import AnyArray, DiagonalGaussian
 from lfm_jax.vae.codec import from_uint8
 
 RECONSTRUCTIONS = {"l1": jnp.abs, "l2": jnp.square}
 
 
 def mirrored(
-    images: Float[Array, "b h w c"], key: Key[Array, ""], position: Integer[Array, " b"]
+    images: Float[AnyArray, "b h w c"], key: Key[Array, ""], position: Integer[AnyArray, " b"]
 ) -> Float[Array, "b h w c"]:
     """Mirror each image left to right with probability one half."""
-    flip = uniform(stream_keys(key, Stream.MIRROR, position)) < 0.5
+    flip = uniform(stream_keys(key, Stream.MIRROR, jnp.asarray(position))) < 0.5
     return jnp.where(flip[:, None, None, None], images[:, :, ::-1], images)
 
 
 def reconstruct(
     model: nn.Module,
     params: Any,
-    images: Float[Array, "b h w c"],
+    images: Float[AnyArray, "b h w c"],
     key: Key[Array, ""],
-    position: Integer[Array, " b"],
-) -> tuple[Float[Array, "b h w c"], DiagonalGaussian]:
-    """Decode a posterior sample whose noise is keyed by position."""
+    position: Integer[AnyArray, " b"],
+) -> tuple[Float[Array, "b h w c"], DiagonalGaussian, Float[Array, "b i j d"]]:
+    """Decode a posterior sample whose noise is keyed by position; also the posterior and sample."""
     posterior = model.apply({"params": params}, images, method="encode")
-    noise = normal(stream_keys(key, Stream.POSTERIOR, position), posterior.mean.shape[1:])
+    noise = normal(
+        stream_keys(key, Stream.POSTERIOR, jnp.asarray(position)), posterior.mean.shape[1:]
+    )
     z = posterior.mean + posterior.std * noise
-    return model.apply({"params": params}, z, method="decode"), posterior
+    return model.apply({"params": params}, z, method="decode"), posterior, z
 
 
 def psnr(x: Float[Array, "b h w c"], y: Float[Array, "b h w c"]) -> Float[Array, ""]:
@@ -79,11 +81,10 @@ def autoencoder_loss(
     distance = RECONSTRUCTIONS[reconstruction]
 
     def loss(params, batch, key):
-        images: UInt8[Array, "b h w c"] = batch["image"]
-        x = from_uint8(images)
+        x = from_uint8(batch["image"])
         if mirror:
             x = mirrored(x, key, batch["position"])
-        y, posterior = reconstruct(model, params, x, key, batch["position"])
+        y, posterior, _ = reconstruct(model, params, x, key, batch["position"])
         error = jnp.mean(distance(x - y))
         kl = jnp.mean(posterior.kl())
         total = error + kl_weight * kl

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lfm_jax.errors import UserError
-from lfm_jax.vae.autoencoder import DiagonalGaussian
+from lfm_jax.vae.autoencoder import AnyArray, DiagonalGaussian
 
 
 def apply_sliced(
-    function: Callable[[Array], Any], x: Float[Array, "b h w c"], *, slice_size: int
+    function: Callable[[Array], Any], x: Float[AnyArray, "b h w c"], *, slice_size: int
 ) -> Any:
     """``function(x)`` in slices of the batch; a last, smaller slice is filled up with zeros.
 
@@ -31,13 +31,13 @@ def apply_sliced(
         return function(x)
     slices = -(-batch // slice_size)
     padding = ((0, slices * slice_size - batch), *(((0, 0),) * (x.ndim - 1)))
-    x = jnp.pad(x, padding).reshape(slices, slice_size, *x.shape[1:])
+    x = jnp.pad(jnp.asarray(x), padding).reshape(slices, slice_size, *x.shape[1:])
     out = jax.lax.map(function, x)
     return jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:])[:batch], out)
 
 
 def decode_sliced(
-    model: nn.Module, params: Any, z: Float[Array, "b h w c"], *, slice_size: int = 4
+    model: nn.Module, params: Any, z: Float[AnyArray, "b h w c"], *, slice_size: int = 4
 ) -> Float[Array, "b i j d"]:
     """Decode unscaled latents, ``slice_size`` images at a time."""
     return apply_sliced(
@@ -46,7 +46,7 @@ def decode_sliced(
 
 
 def encode_sliced(
-    model: nn.Module, params: Any, images: Float[Array, "b h w c"], *, slice_size: int = 4
+    model: nn.Module, params: Any, images: Float[AnyArray, "b h w c"], *, slice_size: int = 4
 ) -> DiagonalGaussian:
     """The posterior of images in [-1, 1], ``slice_size`` at a time."""
     return apply_sliced(

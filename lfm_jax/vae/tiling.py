@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 
 from lfm_jax.errors import UserError
 from lfm_jax.vae import layers
-from lfm_jax.vae.autoencoder import AutoencoderKL, check_latents
+from lfm_jax.vae.autoencoder import AnyArray, AutoencoderKL, check_latents
 
 Statistics = tuple[Any, Any]
 
@@ -32,7 +32,7 @@ Statistics = tuple[Any, Any]
 def decode_tiled(
     model: AutoencoderKL,
     params: Any,
-    z: Float[Array | np.ndarray, "b h w c"],
+    z: Float[AnyArray, "b h w c"],
     *,
     tile: int = 0,
     exact: bool = True,
@@ -63,7 +63,8 @@ def decode_tiled(
     if exact:
         return _sweep_layers(model, params["decoder"], x, tile)
     halo = receptive_field(model) if halo < 0 else halo
-    return _decode_windows(model, params["decoder"], x, tile, halo)
+    statistics = thumbnail_statistics(model, params["decoder"], x, tile + 2 * halo)
+    return _decode_windows(model, params["decoder"], x, tile, halo, statistics)
 
 
 def receptive_field(model: AutoencoderKL) -> int:
@@ -76,7 +77,7 @@ def receptive_field(model: AutoencoderKL) -> int:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _bottom(model: AutoencoderKL, params: Any, z: Array) -> Array:
+def _bottom(model: AutoencoderKL, params: Any, z: AnyArray) -> Array:
     """Everything before the up path: it runs on the whole latents."""
     return model.apply({"params": params}, z, method="decode_bottom")
 
@@ -109,7 +110,7 @@ def _sweep(
     groups: int,
     tile: int,
     scale: int = 1,
-) -> tuple[np.ndarray, Statistics]:
+) -> tuple[np.ndarray, Statistics | None]:
     """Apply one 3x3 convolution's worth of network to whole maps, and sum up its statistics."""
     b, h, w, _ = maps[0].shape
     out = np.empty((b, h * scale, w * scale, channels), maps[0].dtype)
@@ -125,11 +126,13 @@ def _sweep(
                 kept_rows.start * scale : kept_rows.stop * scale,
                 kept_columns.start * scale : kept_columns.stop * scale,
             ] = np.asarray(y)[:, row > 0][:, :, column > 0]
-    return out, _merge(parts) if groups else ()
+    return out, _merge(parts) if groups else None
 
 
 @functools.partial(jax.jit, static_argnums=3)
-def _tile_statistics(y: Array, row: Array, column: Array, groups: int) -> tuple[Array, ...]:
+def _tile_statistics(
+    y: AnyArray, row: AnyArray, column: AnyArray, groups: int
+) -> tuple[Array, ...]:
     """Count, mean and sum of squared deviations of the kept pixels, per image and group."""
     b, h, w, c = y.shape
     kept = (row[:, None] * column[None, :]).reshape(1, h * w, 1, 1)
@@ -140,7 +143,13 @@ def _tile_statistics(y: Array, row: Array, column: Array, groups: int) -> tuple[
     return count, mean, deviation
 
 
-def _merge(parts: list[tuple[Array, ...]]) -> Statistics:
+def _whole_statistics(x: np.ndarray, groups: int) -> Statistics:
+    """Statistics of a map that is small enough for one piece."""
+    rows, columns = np.ones(x.shape[1], np.float32), np.ones(x.shape[2], np.float32)
+    return _merge([_tile_statistics(x, rows, columns, groups)])
+
+
+def _merge(parts: list[tuple[AnyArray, ...]]) -> Statistics:
     """Statistics of the union (Chan, Golub & LeVeque 1979), in float64."""
     counts, means, deviations = (
         np.stack([np.asarray(p[i], np.float64) for p in parts]) for i in range(3)
@@ -153,21 +162,26 @@ def _merge(parts: list[tuple[Array, ...]]) -> Statistics:
 
 
 def _norm_conv(
-    model: AutoencoderKL, norm: Any, conv: Any, statistics: Statistics, x: Array
+    model: AutoencoderKL, norm: Any, conv: Any, statistics: Statistics, x: AnyArray
 ) -> Array:
     """``conv(silu(norm(x)))`` with the statistics given."""
     h = layers.normalize(
-        x, statistics, norm["scale"], norm["bias"], eps=model.norm_eps, dtype=model.dtype
+        jnp.asarray(x),
+        statistics,
+        norm["scale"],
+        norm["bias"],
+        eps=model.norm_eps,
+        dtype=model.dtype,
     )
     return _conv(model, conv, jax.nn.silu(h))
 
 
-def _conv(model: AutoencoderKL, conv: Any, x: Array, padding=layers.SAME) -> Array:
-    kernel, bias = conv["kernel"].astype(model.dtype), conv["bias"].astype(model.dtype)
-    return layers.convolve(x, kernel, bias, padding=padding, precision=model.precision)
+def _conv(model: AutoencoderKL, conv: Any, x: AnyArray, padding=layers.SAME) -> Array:
+    kernel, bias = (jnp.asarray(conv[k], model.dtype) for k in ("kernel", "bias"))
+    return layers.convolve(jnp.asarray(x), kernel, bias, padding=padding, precision=model.precision)
 
 
-def _shortcut(model: AutoencoderKL, block: Any, x: Array) -> Array:
+def _shortcut(model: AutoencoderKL, block: Any, x: AnyArray) -> Array:
     if "conv_shortcut" in block:
         return _conv(model, block["conv_shortcut"], x, layers.NONE)
     return x
@@ -185,9 +199,9 @@ def _second_half(model, block, statistics, h, x):
 @functools.partial(jax.jit, static_argnums=0)
 def _upsample(model, conv, x):
     return layers.upsample_conv(
-        x,
-        conv["kernel"].astype(model.dtype),
-        conv["bias"].astype(model.dtype),
+        jnp.asarray(x),
+        jnp.asarray(conv["kernel"], model.dtype),
+        jnp.asarray(conv["bias"], model.dtype),
         precision=model.precision,
     )
 
@@ -203,8 +217,7 @@ def _attention(model, params, x):
 def _sweep_layers(model: AutoencoderKL, params: Any, x: np.ndarray, tile: int) -> np.ndarray:
     """The up path, one convolution after the other over the whole image."""
     groups = model.norm_groups
-    everything = np.ones(x.shape[1], np.float32), np.ones(x.shape[2], np.float32)
-    statistics = _merge([_tile_statistics(x, *everything, groups)])
+    statistics = _whole_statistics(x, groups)
 
     def sweep(function, *maps, channels, scale=1, groups=groups):
         return _sweep(function, maps, channels=channels, groups=groups, tile=tile, scale=scale)
@@ -221,8 +234,7 @@ def _sweep_layers(model: AutoencoderKL, params: Any, x: np.ndarray, tile: int) -
             x, statistics = sweep(second, h, x, channels=features)
             if f"attentions_{i}" in up_block:
                 x = np.asarray(_attention(model, up_block[f"attentions_{i}"], x))
-                everything = np.ones(x.shape[1], np.float32), np.ones(x.shape[2], np.float32)
-                statistics = _merge([_tile_statistics(x, *everything, groups)])
+                statistics = _whole_statistics(x, groups)
         if "upsamplers_0" in up_block:
             up = functools.partial(_upsample, model, up_block["upsamplers_0"]["conv"])
             x, statistics = sweep(up, x, channels=features, scale=2)
@@ -235,7 +247,7 @@ def _sweep_layers(model: AutoencoderKL, params: Any, x: np.ndarray, tile: int) -
 
 @functools.partial(jax.jit, static_argnums=0)
 def _up_path(
-    model: AutoencoderKL, params: Any, x: Array, given: list[Statistics] | None
+    model: AutoencoderKL, params: Any, x: AnyArray, given: list[Statistics] | None
 ) -> tuple[Array, list[Statistics]]:
     """The whole up path on one window; statistics are taken from ``given``, else its own."""
     seen: list[Statistics] = []
@@ -258,15 +270,27 @@ def _up_path(
     return norm_conv(params["conv_norm_out"], params["conv_out"], x), seen
 
 
-def _decode_windows(
-    model: AutoencoderKL, params: Any, x: np.ndarray, tile: int, halo: int
-) -> np.ndarray:
-    """The up path window by window, with the norms of a thumbnail that is as large as a window."""
+def thumbnail_statistics(
+    model: AutoencoderKL, params: Any, x: np.ndarray, side: int
+) -> list[Statistics]:
+    """Statistics of every norm of the up path on ``x`` shrunk to at most ``side``."""
     b, h, w, c = x.shape
+    shape = (b, min(h, side), min(w, side), c)
+    small = jax.image.resize(x.astype(np.float32), shape, "nearest").astype(x.dtype)
+    return _up_path(model, params, small, None)[1]
+
+
+def _decode_windows(
+    model: AutoencoderKL,
+    params: Any,
+    x: np.ndarray,
+    tile: int,
+    halo: int,
+    statistics: list[Statistics],
+) -> np.ndarray:
+    """The up path window by window, all with the same statistics."""
+    b, h, w, _ = x.shape
     factor = model.factor
-    thumbnail = (b, min(h, tile + 2 * halo), min(w, tile + 2 * halo), c)
-    small = jax.image.resize(x.astype(np.float32), thumbnail, "nearest").astype(x.dtype)
-    _, statistics = _up_path(model, params, small, None)
     out = np.empty((b, h * factor, w * factor, model.out_channels), np.float32)
     for rows, kept_rows in windows(h, tile, halo):
         for columns, kept_columns in windows(w, tile, halo):

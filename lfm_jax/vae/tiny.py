@@ -16,7 +16,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lfm_jax.vae import layers
-from lfm_jax.vae.autoencoder import LOGVAR_MIN, DiagonalGaussian, check_images, check_latents
+from lfm_jax.vae.autoencoder import (
+    LOGVAR_MIN,
+    AnyArray,
+    DiagonalGaussian,
+    check_images,
+    check_latents,
+)
 
 
 class TinyBlock(nn.Module):
@@ -129,25 +135,25 @@ class AutoencoderTiny(nn.Module):
             self.decoder_widths, self.decoder_blocks, self.out_channels, **options
         )
 
-    def encode(self, images: Float[Array, "b h w c"]) -> DiagonalGaussian:
+    def encode(self, images: Float[AnyArray, "b h w c"]) -> DiagonalGaussian:
         """Images in [-1, 1] to latents as a posterior without width.
 
         Raises:
             UserError: a side is not a multiple of `factor`, or the channels are not `in_channels`.
         """
         check_images(images.shape, factor=self.factor, channels=self.in_channels)
-        mean = self.encoder(images).astype(jnp.float32)
+        mean = self.encoder(jnp.asarray(images)).astype(jnp.float32)
         return DiagonalGaussian(mean=mean, logvar=jnp.full_like(mean, LOGVAR_MIN))
 
-    def decode(self, z: Float[Array, "b h w c"]) -> Float[Array, "b i j d"]:
+    def decode(self, z: Float[AnyArray, "b h w c"]) -> Float[Array, "b i j d"]:
         """Latents (SD-scaled) to images, about [-1, 1] and not clipped (float32).
 
         Raises:
             UserError: the channels are not `latent_channels`.
         """
         check_latents(z.shape, channels=self.latent_channels)
-        return self.decoder(z).astype(jnp.float32)
+        return self.decoder(jnp.asarray(z)).astype(jnp.float32)
 
-    def __call__(self, images: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
+    def __call__(self, images: Float[AnyArray, "b h w c"]) -> Float[Array, "b h w d"]:
         """The reconstruction, and what `init` traces."""
         return self.decode(self.encode(images).mode())
