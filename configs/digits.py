@@ -18,28 +18,28 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data.channels = 1
     config.data.num_classes = 10
 
-    config.autoencoder.block_out_channels = (32, 64)  # 8x8x1 -> 4x4x4
+    config.autoencoder.block_out_channels = (16, 32)  # 8x8x1 -> 4x4x4
     config.autoencoder.latent_channels = 4
     config.autoencoder.norm_groups = 8
-    config.autoencoder.steps = 1500
-    config.autoencoder.batch_size = 128
+    config.autoencoder.steps = 2000
+    config.autoencoder.batch_size = 64
     config.autoencoder.learning_rate = 2e-3
     config.autoencoder.kl_weight = 1e-3
 
-    config.model.hidden = 128
+    config.model.hidden = 96
     config.model.depth = 6
-    config.model.heads = 4
+    config.model.heads = 3
     config.model.patch = 1  # 16 tokens
 
-    config.train.steps = 5000
-    config.train.batch_size = 128
+    config.train.steps = 3200
+    config.train.batch_size = 64
     config.train.learning_rate = 1e-3
     config.train.schedule = "cosine"
     config.train.warmup_steps = 200
     config.train.grad_clip = 1.0
     config.train.ema_decay = 0.999
     config.train.in_memory = True
-    config.train.preview_every = 1000
+    config.train.preview_every = 1600
 
     config.sample.num_samples = 1000
     config.sample.num_steps = 16

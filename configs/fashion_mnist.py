@@ -31,23 +31,23 @@ def get_config(variant: str = "") -> ConfigDict:
     config.autoencoder.block_out_channels = (16, 32, 64)  # 32x32x1 -> 8x8x4
     config.autoencoder.latent_channels = 4
     config.autoencoder.norm_groups = 8
-    config.autoencoder.steps = 3000
-    config.autoencoder.batch_size = 128
+    config.autoencoder.steps = 1800
+    config.autoencoder.batch_size = 64
     config.autoencoder.learning_rate = 2e-3
     config.autoencoder.kl_weight = 1e-3
 
-    config.model.hidden = 256
+    config.model.hidden = 192
     config.model.depth = 8
-    config.model.heads = 4
+    config.model.heads = 3
     config.model.patch = 2
 
-    config.train.steps = 6000
+    config.train.steps = 5400
     config.train.batch_size = 128
     config.train.learning_rate = 1e-3
     config.train.schedule = "cosine"
     config.train.warmup_steps = 300
     config.train.grad_clip = 1.0
-    config.train.ema_decay = 0.9995
+    config.train.ema_decay = 0.999
     config.train.in_memory = True
     config.train.preview_every = 2000
 
