@@ -13,6 +13,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from lfm_jax.config import default_config, smoke, variants
+from lfm_jax.data import FASHION_MNIST_FOLDER
 
 _DEBIAN = "/usr/share/datasets/fashion-mnist"  # where Debian's dataset-fashion-mnist puts the files
 
@@ -21,9 +22,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config = default_config()
     config.data.source = "idx"
     # Without Debian's package the four files are downloaded here, checked by sha256.
-    config.data.path = (
-        _DEBIAN if Path(_DEBIAN).is_dir() else str(Path.home() / ".cache/lfm_jax/fashion-mnist")
-    )
+    config.data.path = _DEBIAN if Path(_DEBIAN).is_dir() else str(FASHION_MNIST_FOLDER)
     config.data.image_size = 32
     config.data.channels = 1
     config.data.num_classes = 10
@@ -31,7 +30,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.autoencoder.block_out_channels = (16, 32, 64)  # 32x32x1 -> 8x8x4
     config.autoencoder.latent_channels = 4
     config.autoencoder.norm_groups = 8
-    config.autoencoder.steps = 1800
+    config.autoencoder.steps = 1500
     config.autoencoder.batch_size = 64
     config.autoencoder.learning_rate = 2e-3
     config.autoencoder.kl_weight = 1e-3
