@@ -29,10 +29,16 @@ LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0
 
 @flax.struct.dataclass
 class DiagonalGaussian:
-    """The posterior over unscaled latents; ``logvar`` is clamped to [-30, 20]."""
+    """The posterior over unscaled latents; ``logvar`` is clamped to [-30, 20].
 
-    mean: Float[Array, "b h w c"]
-    logvar: Float[Array, "b h w c"]
+    Attributes:
+        mean: float32 ``[b, h, w, c]``.
+        logvar: the same shape; the natural logarithm of the variance.
+    """
+
+    # Unchecked: transformations build pytrees of stacked, abstract or missing leaves.
+    mean: Any
+    logvar: Any
 
     @property
     def moments(self) -> Float[Array, "b h w m"]:

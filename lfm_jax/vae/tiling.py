@@ -17,6 +17,7 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,7 +31,7 @@ Statistics = tuple[Any, Any]
 
 
 def decode_tiled(
-    model: AutoencoderKL,
+    model: nn.Module,
     params: Any,
     z: Float[AnyArray, "b h w c"],
     *,
@@ -41,7 +42,7 @@ def decode_tiled(
     """Decode unscaled latents to images in host memory, about [-1, 1].
 
     Args:
-        model: an autoencoder with group norms.
+        model: an `AutoencoderKL`.
         params: its parameters.
         z: unscaled latents.
         tile: side of a tile; exact: pixels of every layer (default 256), approximate: latents
