@@ -3,8 +3,8 @@ beside torchdiffeq.
 
     python -m benchmarks.sampler [--model DiT-S/2] [--batch 4] [--steps 4] [--repeats 7]
 
-Both sides of a ratio run the same network with the same weights on the same noise, alternating, and
-the figure is the ratio of the medians. Compile time is not in it. Writes the figures to
+Both sides run the same network with the same weights on the same noise, alternating; the figure is
+the median of the ratios of neighbouring runs, compile time excluded. Writes the figures to
 ``docs/results/sampling.json``.
 """
 
