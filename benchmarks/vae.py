@@ -4,12 +4,13 @@
     python -m benchmarks.vae rss          # decodes 64 images twice: minutes on two cores
 
 Both sides run in float32 on the same random weights, in one process, one after the other, and the
-ratio is that of the medians. PyTorch runs as diffusers builds it (channels first) and, for
-information, with channels last. Figures go to docs/results/vae.json, the photographs' picture
+ratio is that of the medians. PyTorch runs as diffusers builds it (channels first); with
+``--channels_last`` in that layout, too. Figures go to docs/results/vae.json, the picture
 beside it.
 """
 
 import argparse
+import copy
 import resource
 import subprocess
 import sys
@@ -113,14 +114,14 @@ def parity():
             figure("parity", "parameters of the SD config", count, "==", 83_653_863)
 
 
-def speed(repeats):
+def speed(repeats, batches, channels_last):
     import torch
 
     torch.set_num_threads(max(len_of_affinity(), 1))
     oracle, model, params = shared_weights(STABLE_DIFFUSION)
-    last = shared_weights(STABLE_DIFFUSION)[0].to(memory_format=torch.channels_last)
     encode, decode = coders(model)
-    for batch in (1, 4):
+    last = copy.deepcopy(oracle).to(memory_format=torch.channels_last) if channels_last else None
+    for batch in batches:
         x, z = inputs(batch, 256, 256)
         xt, zt = channels_first(x), channels_first(z)
         xl, zl = (v.to(memory_format=torch.channels_last) for v in (xt, zt))
@@ -138,6 +139,8 @@ def speed(repeats):
             },
         }
         for verb, sides in runs.items():
+            if not channels_last:
+                del sides["channels last"]
             wall, cpu = {k: [] for k in sides}, {k: [] for k in sides}
             with torch.inference_mode():
                 for repeat in range(repeats + 1):
@@ -157,6 +160,8 @@ def speed(repeats):
             figure("speed", name, wall["ours"] / wall["torch"], "<=", 1.0, note)
             ratio = cpu["ours"] / cpu["torch"]
             figure("speed", f"{name}, CPU seconds", ratio, "report", None, note)
+            if not channels_last:
+                continue
             note = f"as above, PyTorch's channels-last layout at {wall['channels last']:.2f} s"
             ratio = wall["ours"] / wall["channels last"]
             figure("speed", f"{name}, channels last", ratio, "report", None, note)
@@ -349,12 +354,14 @@ def main():
     parts = ["parity", "speed", "memory", "tiling", "photographs", "rss", "decode"]
     parser.add_argument("parts", nargs="+", choices=parts)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4], help="of speed")
+    parser.add_argument("--channels_last", action="store_true", help="speed of this layout, too")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch", type=int, default=4)
     args = parser.parse_args()
     run = {
         "parity": parity,
-        "speed": lambda: speed(args.repeats),
+        "speed": lambda: speed(args.repeats, args.batches, args.channels_last),
         "memory": memory,
         "tiling": tiling,
         "photographs": lambda: photographs(args.steps),
