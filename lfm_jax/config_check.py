@@ -14,15 +14,15 @@ from lfm_jax.errors import UserError
 Rule = tuple[Callable[[Any], bool], str]
 
 
-def _at_least(low: float) -> Rule:
+def _at_least(low: float | int) -> Rule:
     return lambda v: v >= low, f"a number >= {low:g}"
 
 
-def _more_than(low: float) -> Rule:
+def _more_than(low: float | int) -> Rule:
     return lambda v: v > low, f"a number > {low:g}"
 
 
-def _between(low: float, high: float) -> Rule:
+def _between(low: float | int, high: float | int) -> Rule:
     return lambda v: low <= v <= high, f"a number in [{low:g}, {high:g}]"
 
 

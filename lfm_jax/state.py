@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Integer
+from jaxtyping import Array, Float
 
 from lfm_jax import sharding
 
@@ -29,13 +29,13 @@ class TrainState:
     """What a checkpoint's ``state`` item holds.
 
     Attributes:
-        step: updates done.
+        step: updates done, int32 scalar.
         params: the network's parameters, float32.
         opt_state: the optimizer's state.
         ema: exponential moving average of the parameters; None when averaging is off.
     """
 
-    step: Integer[Array, ""]
+    step: Any  # like the rest not typed: it is also mapped to shapes and shardings
     params: Params
     opt_state: optax.OptState
     ema: Params | None

@@ -1,0 +1,103 @@
+"""Configs load from anywhere, hold only accepted values, and every file has its smoke variant."""
+
+import importlib.util
+
+import pytest
+from checkout import ROOT
+
+from lfm_jax.config import content_hash, default_config, overrides, to_json
+from lfm_jax.config_check import _RULES, check_config
+from lfm_jax.errors import UserError
+from lfm_jax.models import create_model
+
+FILES = sorted(p.name for p in (ROOT / "configs").glob("*.py"))
+
+
+def _load(name):
+    spec = importlib.util.spec_from_file_location(name[:-3], ROOT / "configs" / name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_experiment_is_accepted_and_its_network_exists(name):
+    config = _load(name).get_config()
+    if name == "imagenet.py":
+        config.data.path = "/images"
+    check_config(config)
+    fields = overrides(config.model)
+    create_model(fields.pop("name"), num_classes=config.data.num_classes, **fields)
+
+
+@pytest.mark.parametrize("name", [f for f in FILES if f != "base.py"])
+def test_every_experiment_has_a_smoke_variant_and_names_it(name):
+    module = _load(name)
+    check_config(module.get_config("smoke"))
+    with pytest.raises(UserError, match="smoke"):
+        module.get_config("no_such_variant")
+
+
+@pytest.mark.parametrize("name", [f for f in FILES if f != "base.py"])
+def test_every_docstring_states_command_hardware_and_figure(name):
+    text = _load(name).__doc__
+    assert f"--config=configs/{name}" in text
+    assert "CPU" in text or "Hardware" in text
+    assert "docs/results" in text or "Expected figure" in text
+
+
+def test_imagenet_variants_are_the_published_sizes():
+    for size in ("XL/2", "L/2"):
+        assert _load("imagenet.py").get_config(size).model.name == f"DiT-{size}"
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("train.steps", 0),
+        ("train.schedule", "linear"),
+        ("train.label_drop", 1.0),
+        ("sample.num_steps", 0),
+        ("sample.rtol", -1.0),
+        ("data.channels", 2),
+        ("autoencoder.kind", "vq"),
+        ("mesh.data", 0),
+    ],
+)
+def test_a_value_out_of_range_is_named_with_what_is_accepted(key, value):
+    config = default_config()
+    section, field = key.split(".")
+    config[section][field] = value
+    with pytest.raises(UserError, match=key) as caught:
+        check_config(config)
+    assert str(value) in str(caught.value) and "expected" in str(caught.value)
+
+
+def test_every_rule_belongs_to_a_field():
+    flat = set()
+    for name, value in default_config().items():
+        flat |= {f"{name}.{k}" for k in value} if hasattr(value, "items") else {name}
+    assert set(_RULES) <= flat
+
+
+def test_fields_that_contradict_are_refused():
+    config = default_config()
+    config.sample.rtol = 1e-5
+    with pytest.raises(UserError, match="both or neither"):
+        check_config(config)
+    config = default_config()
+    config.sample.guidance, config.train.label_drop = 2.0, 0.0
+    with pytest.raises(UserError, match="null label"):
+        check_config(config)
+    config = default_config()
+    config.train.mirror = True
+    with pytest.raises(UserError, match=r"encode\.mirror"):
+        check_config(config)
+
+
+def test_the_content_hash_ignores_order_and_sees_values():
+    a = to_json(default_config())
+    assert content_hash(a) == content_hash(dict(reversed(a.items())))
+    config = default_config()
+    config.train.learning_rate *= 2
+    assert content_hash(a) != content_hash(to_json(config))

@@ -1,0 +1,50 @@
+"""The command line: every mistake is one line on stderr, exit status 2, and nothing is written."""
+
+import pytest
+from checkout import ROOT
+
+DIGITS = f"--config={ROOT}/configs/digits.py:smoke"
+
+
+def _refused(done, *words):
+    assert done.returncode == 2, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, done.stderr
+    for word in words:
+        assert word in lines[0], lines[0]
+
+
+def test_help_is_short_and_names_the_jobs(command_line):
+    done = command_line("--help")
+    assert done.returncode == 0
+    assert len(done.stdout.splitlines()) < 40
+    for word in ("--config", "--workdir", "pipeline", "encode", "Exit status"):
+        assert word in done.stdout
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ((DIGITS, "--config.train.stepz=3"), ("stepz", "steps")),
+        ((DIGITS, "--config.train.steps=many"), ("steps", "many")),
+        ((DIGITS, "--job=fly"), ("fly", "pipeline")),
+        ((f"--config={ROOT}/configs/none.py",), ("none.py",)),
+        ((DIGITS, "--nonsense=1"), ("nonsense",)),
+        (
+            (DIGITS, "--config.data.source=idx", "--config.data.path=/no/such/folder"),
+            ("/no/such/folder",),
+        ),
+        ((DIGITS, "--config.data.num_classes=3"), ("label",)),
+        ((DIGITS, "--config.mesh.fsdp=3"), ("fsdp",)),
+        ((DIGITS, "--job=sample"), ("train",)),
+    ],
+    ids=lambda value: " ".join(value[-2:]).replace(str(ROOT), "") if value else None,
+)
+def test_a_mistake_is_one_line_and_status_two(command_line, tmp_path, flags, words):
+    _refused(command_line(*flags, f"--workdir={tmp_path}/run"), *words)
+    left = {p.name for p in tmp_path.rglob("*") if p.is_file()}
+    assert left <= {"config.json"}
+
+
+def test_a_missing_flag_is_named(command_line):
+    _refused(command_line(DIGITS), "--workdir")

@@ -1,0 +1,58 @@
+"""A workdir belongs to one config, and a stage is done only for the inputs that it had."""
+
+import json
+
+import pytest
+from etils import epath
+
+from lfm_jax.config import default_config
+from lfm_jax.errors import UserError
+from lfm_jax.workdir import Workdir, claim, is_done, write_result
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    return Workdir(epath.Path(tmp_path / "run"))
+
+
+def test_the_same_config_may_come_back_with_other_sampling(workdir):
+    config = default_config()
+    claim(workdir, config)
+    config.sample.num_steps = 7
+    config.train.steps = 77
+    claim(workdir, config)
+    assert json.loads(workdir.config.read_text())["config"]["sample"]["num_steps"] == 7
+
+
+@pytest.mark.parametrize(
+    "section, field, value",
+    [("model", "depth", 3), ("train", "learning_rate", 9.0), ("autoencoder", "latent_channels", 8)],
+)
+def test_another_config_is_refused_with_the_differing_key(workdir, section, field, value):
+    config = default_config()
+    claim(workdir, config)
+    before = workdir.config.read_text()
+    config[section][field] = value
+    with pytest.raises(UserError, match=rf"{section}\.{field}"):
+        claim(workdir, config)
+    assert workdir.config.read_text() == before
+
+
+def test_a_foreign_file_in_the_place_of_ours_is_refused(workdir):
+    workdir.root.mkdir(parents=True)
+    workdir.config.write_text("not json")
+    with pytest.raises(UserError, match=r"config\.json"):
+        claim(workdir, default_config())
+
+
+def test_done_means_done_with_these_inputs(workdir):
+    assert not is_done(workdir, "encode", {"a": 1})
+    result = write_result(workdir, "encode", default_config(), {"a": 1}, {"examples": 5})
+    assert is_done(workdir, "encode", {"a": 1}) and not is_done(workdir, "encode", {"a": 2})
+    assert result["examples"] == 5 and result["provenance"]["versions"]["jax"]
+    assert workdir.require_result("encode") == result
+
+
+def test_a_missing_stage_is_named(workdir):
+    with pytest.raises(UserError, match="--job=encode"):
+        workdir.require_result("encode")
