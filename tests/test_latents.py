@@ -217,6 +217,14 @@ def test_another_encoder_is_named_and_nothing_is_overwritten(cache):
     assert len(open_cache(cache.folder, encoder="e" * 64)) == COUNT
 
 
+def test_shards_of_another_plan_are_not_taken_over(tmp_path):
+    writer = make_writer(tmp_path / "train")
+    writer.write_shard(0, examples(writer.shard_range(0)))
+    (tmp_path / "train/plan.json").unlink()
+    other = make_writer(tmp_path / "train", metadata={**METADATA, "encoder": "f" * 64})
+    assert other.missing_shards() == [0, 1, 2]
+
+
 def test_damage_is_one_line_that_names_the_file(cache):
     shard = sorted(cache.folder.glob("*.array_record-*"))[1]
     whole = shard.read_bytes()
