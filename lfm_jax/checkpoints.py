@@ -4,11 +4,13 @@ A step folder holds three items: ``state`` (arrays, sharded as they were), ``dat
 data stream stands) and ``config`` (JSON). Saves are asynchronous and become visible when whole.
 """
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -39,11 +41,7 @@ def open_manager(
         preservation_policy=policy.LatestN(keep),
         cleanup_tmp_directories=True,
     )
-    handlers = {
-        STATE: ocp.StandardCheckpointHandler(),
-        DATA: ocp.JsonCheckpointHandler(),
-        CONFIG: ocp.JsonCheckpointHandler(),
-    }
+    handlers = _handlers(ocp.StandardCheckpointHandler())
     manager = ocp.CheckpointManager(
         epath.Path(folder).absolute(), options=options, item_handlers=handlers
     )
@@ -53,6 +51,10 @@ def open_manager(
         manager.check_for_errors()
     finally:
         manager.close()
+
+
+def _handlers(state: ocp.CheckpointHandler) -> dict[str, ocp.CheckpointHandler]:
+    return {STATE: state, DATA: ocp.JsonCheckpointHandler(), CONFIG: ocp.JsonCheckpointHandler()}
 
 
 def save(
@@ -118,17 +120,19 @@ def load_params(folder: epath.PathLike, *, ema: bool = True, step: int | None = 
     step = latest_step(folder) if step is None else step
     if step is None:
         raise UserError(f"{folder}: expected a folder with a saved checkpoint, found none")
-    path = epath.Path(folder).absolute() / str(step) / STATE
-    handler = ocp.PyTreeCheckpointer()
-    tree = handler.metadata(path).item_metadata.tree
-    name = "ema" if ema and tree.get("ema") is not None else "params"
-    # Only the wanted part is read: the optimizer's state is twice as large as the parameters.
-    item = {name: jax.tree.map(lambda leaf: 0, tree[name])}
-    args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=_numpy()), item)
-    restored = handler.restore(
-        path, args=ocp.args.PyTreeRestore(item=item, restore_args=args, partial_restore=True)
-    )
-    return restored[name]
+    handlers = _handlers(ocp.PyTreeCheckpointHandler())
+    with ocp.CheckpointManager(
+        epath.Path(folder).absolute(),
+        options=ocp.CheckpointManagerOptions(read_only=True),
+        item_handlers=handlers,
+    ) as manager:
+        tree = manager.item_metadata(step)[STATE].tree
+        name = "ema" if ema and tree.get("ema") is not None else "params"
+        # Only the wanted part is read: the optimizer's state is twice as large as the parameters.
+        item = {name: jax.tree.map(lambda leaf: 0, tree[name])}
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+        args = ocp.args.PyTreeRestore(item=item, restore_args=as_numpy, partial_restore=True)
+        return manager.restore(step, args=ocp.args.Composite(**{STATE: args}))[STATE][name]
 
 
 def latest_step(folder: epath.PathLike) -> int | None:
@@ -140,18 +144,23 @@ def latest_step(folder: epath.PathLike) -> int | None:
     return max(steps, default=None)
 
 
-def _numpy() -> type:
-    import numpy as np
+def save_release(folder: epath.PathLike, params: Any, config: dict) -> None:
+    """Write host arrays as step 0 with items ``params`` and ``config``, replacing an older one.
 
-    return np.ndarray
+    Host arrays carry no sharding, so that every orbax reader restores them without a target on any
+    number of devices.
+    """
+    handlers = {"params": ocp.StandardCheckpointHandler(), "config": ocp.JsonCheckpointHandler()}
+    path = epath.Path(folder).absolute()
+    with ocp.CheckpointManager(path, item_handlers=handlers) as manager:
+        if manager.latest_step() is not None:
+            manager.delete(0)
+        items = {"params": ocp.args.StandardSave(params), "config": ocp.args.JsonSave(config)}
+        manager.save(0, args=ocp.args.Composite(**items))
 
 
 def fingerprint(tree: Any) -> str:
     """sha256 over the names, shapes, dtypes and bytes of a tree of host arrays."""
-    import hashlib
-
-    import numpy as np
-
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         array = np.ascontiguousarray(leaf)

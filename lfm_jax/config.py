@@ -121,11 +121,34 @@ def default_config() -> ConfigDict:
     # ---- evaluation (jobs/evaluate.py)
     config.evaluate = ConfigDict()
     config.evaluate.samples = placeholder(str)  # an npz to judge; unset: the workdir's own samples
-    config.evaluate.num_real = 10000  # at most this many held-out real images as the reference
+    config.evaluate.reference = placeholder(str)  # statistics to compare with, of any known format
+    config.evaluate.num_real = 10000  # without a reference: at most this many held-out images
+    config.evaluate.extractor = "classifier"  # classifier (trained here) | random | published ones
+    config.evaluate.weights = placeholder(str)  # file of a published extractor; unset: its cache
+    config.evaluate.pipeline = ""  # pixels to network: tf1 | torch | clean; empty: its usual one
+    config.evaluate.metrics = ("fd", "kid", "pr")  # of evaluate.METRICS
+    config.evaluate.jpeg = 0  # quality of a JPEG round trip before judging (LFM: 75); 0: none
+    config.evaluate.bootstrap = 0  # replicates of the interval of the Frechet distance; 0: none
+    config.evaluate.force = False  # compare across pipelines all the same; the result is marked
     config.evaluate.classifier_epochs = 8  # training of the small judge on the real train split
     config.evaluate.classifier_width = 32  # its base channels
     config.evaluate.classifier_seed = 1234  # not the run's seed: the judge is independent of it
     config.evaluate.svc = False  # also judge class accuracy by a scikit-learn SVC on pixels
+
+    # ---- weights of other projects in (jobs/convert.py), releases out (jobs/export.py)
+    config.convert = ConfigDict()
+    config.convert.family = "lfm-dit"  # whose file; a name of weights.FAMILIES
+    config.convert.file = placeholder(str)  # path or URL
+    config.convert.weights = "auto"  # ema | raw | auto (ema where the file has it)
+    config.export = ConfigDict()
+    config.export.ema = True  # release the averaged weights
+    config.export.push = placeholder(str)  # owner/name on the Hugging Face hub; unset: local only
+    config.export.dry_run = False  # with push: say what would be uploaded, upload nothing
+    config.reference = ConfigDict()
+    config.reference.split = "train"  # of the images whose statistics are written
+    config.reference.format = "lfm_jax"  # a name of evaluate.FORMATS
+    config.compare = ConfigDict()
+    config.compare.runs = ("",)  # workdirs to show beside this one
 
     # ---- devices (sharding.py)
     config.mesh = ConfigDict()
@@ -160,6 +183,8 @@ def sd_latents_256(config: ConfigDict) -> ConfigDict:
     config.train.mirror = True
     config.train.log_every = 100
     config.train.save_every = 10_000
+    config.evaluate.extractor = "inception"
+    config.evaluate.metrics = ("fd", "sfd", "is", "kid", "pr")
     config.sample.num_samples = 50_000
     config.sample.solver = "dopri5"
     config.sample.rtol = 1e-5
@@ -226,6 +251,9 @@ def smoke(config: ConfigDict, *, synthetic: bool = True) -> ConfigDict:
     config.sample.rtol = None
     config.sample.atol = None
     config.evaluate.num_real = 50
+    # Without labels there is nothing to train a judge on.
+    config.evaluate.extractor = "classifier" if config.data.num_classes else "random"
+    config.evaluate.metrics = ("kid",)
     config.evaluate.classifier_epochs = 1
     config.evaluate.classifier_width = 4
     return config

@@ -82,6 +82,15 @@ class Workdir:
             )
         return result
 
+    def checkpoint(self) -> str:
+        """Fingerprint of the newest weights, trained here or converted.
+
+        Raises:
+            UserError: there are none.
+        """
+        made = self.result("train") or self.result("convert")
+        return (made or self.require_result("train"))["checkpoint"]
+
 
 def identity(config: ConfigDict) -> dict[str, Any]:
     """The part of a config that the checkpoints and caches of a workdir are bound to."""

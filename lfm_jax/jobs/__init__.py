@@ -21,6 +21,10 @@ JOBS: dict[str, tuple[str, str]] = {
     "train": ("train", "train the velocity network on the cache"),
     "sample": ("sample", "solve the flow, decode, write samples.npz and a grid"),
     "evaluate": ("evaluate", "measure the samples against held-out real images"),
+    "reference": ("reference", "write the statistics of real images for later comparisons"),
+    "compare": ("compare", "show this run and others side by side on one HTML page"),
+    "convert": ("convert", "fill the network with another project's weights"),
+    "export": ("export", "write a release that plain orbax and safetensors open anywhere"),
 }
 
 

@@ -69,6 +69,12 @@ def codec(config: ConfigDict, workdir: Workdir) -> Codec:
     )
 
 
+def latent_shape(config: ConfigDict, codec: Codec) -> tuple[int, int, int]:
+    """(h, w, c) of the latents of this config's images."""
+    side = config.data.image_size // codec.factor
+    return side, side, codec.latent_channels
+
+
 def network(config: ConfigDict) -> nn.Module:
     """The velocity network."""
     fields = overrides(config.model)

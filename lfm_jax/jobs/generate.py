@@ -40,16 +40,15 @@ class Generator:
     solver: dict[str, Any]
 
     @classmethod
-    def from_config(
-        cls, config: ConfigDict, workdir: Workdir, latent_shape: tuple[int, int, int]
-    ) -> "Generator":
-        """The sampler that `config.sample` describes."""
+    def from_config(cls, config: ConfigDict, workdir: Workdir) -> "Generator":
+        """The sampler that `config.sample` describes; it needs the codec but no cache."""
         section = config.sample
+        codec = build.codec(config, workdir)
         return cls(
             model=build.network(config),
-            codec=build.codec(config, workdir),
+            codec=codec,
             mesh=sharding.make_mesh(config.mesh.data, config.mesh.fsdp),
-            latent_shape=latent_shape,
+            latent_shape=build.latent_shape(config, codec),
             num_classes=config.data.num_classes,
             seed=section.seed,
             guidance={
@@ -104,7 +103,9 @@ def _generate(static: tuple, codec: Codec, params: Any, indices, labels):
     model, latent_shape, num_classes, seed, guidance, solver = static
     keys = rng.stream_keys(jax.random.key(seed), rng.Stream.SAMPLE, indices)
     noise = rng.normal(keys, latent_shape)
-    velocity = NetworkVelocity(params=params, cond=Cond(label=labels), model=model)
+    velocity = NetworkVelocity(
+        params=params, cond=Cond(label=labels), model=model, t_max=model.t_max
+    )
     if num_classes:
         velocity = classifier_free(velocity, num_classes=num_classes, **dict(guidance))
     latents, stats = sample(velocity, noise, **dict(solver))

@@ -14,7 +14,6 @@ from tqdm import tqdm
 
 from lfm_jax import checkpoints, sharding
 from lfm_jax.config import content_hash
-from lfm_jax.data import open_cache
 from lfm_jax.jobs import build
 from lfm_jax.jobs.generate import Generator, class_name_rows, load_samples, sample_labels
 from lfm_jax.workdir import Workdir
@@ -27,14 +26,13 @@ def inputs(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     sampling = build.section(config, "sample")
     for key in ("batch_size", "png"):
         del sampling["sample"][key]
-    return {"checkpoint": workdir.require_result("train")["checkpoint"], **sampling}
+    return {"checkpoint": workdir.checkpoint(), **sampling}
 
 
 def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     section = config.sample
-    cache = open_cache(workdir.latents("train"))
     labels = sample_labels(config)
-    generator = Generator.from_config(config, workdir, cache.latent_shape)
+    generator = Generator.from_config(config, workdir)
     step = checkpoints.latest_step(workdir.checkpoints)
     params = checkpoints.load_params(workdir.checkpoints, ema=section.ema)
     params = jax.device_put(params, sharding.state_sharding(params, generator.mesh))
@@ -73,6 +71,7 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
         "ema": section.ema,
         "solver": section.solver,
         "guidance": section.guidance,
+        "seed": section.seed,
         **{name: float(value) for name, value in evaluations.items()},
         # The first part holds the compilation.
         "images_per_second": float(1 / np.median(seconds[1:])) if len(seconds) > 1 else None,

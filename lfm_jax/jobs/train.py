@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from lfm_jax import checkpoints, sharding
 from lfm_jax.config import to_json
-from lfm_jax.data import LatentCache, latent_batches, open_cache
+from lfm_jax.data import latent_batches, open_cache
 from lfm_jax.errors import UserError
 from lfm_jax.flow import flow_matching_loss
 from lfm_jax.jobs import build
@@ -91,7 +91,7 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
         save_every=section.save_every,
         keep=section.keep,
         train_flops=6.0 * forward_macs(model, latent_shape),
-        preview=_previews(config, workdir, cache) if section.preview_every else None,
+        preview=_previews(config, workdir) if section.preview_every else None,
         preview_every=section.preview_every,
     )
     params = checkpoints.load_params(workdir.checkpoints)
@@ -118,11 +118,9 @@ def _start_from(init: str | None, state: TrainState) -> TrainState:
     return state.replace(params=placed, ema=ema)
 
 
-def _previews(
-    config: ConfigDict, workdir: Workdir, cache: LatentCache
-) -> Callable[[TrainState, int], None]:
+def _previews(config: ConfigDict, workdir: Workdir) -> Callable[[TrainState, int], None]:
     """A picture of the same few noises every time, so that two steps can be compared."""
-    generator = Generator.from_config(config, workdir, cache.latent_shape)
+    generator = Generator.from_config(config, workdir)
     rows, labels, columns = class_name_rows(config, per_class=8)
 
     def preview(state: TrainState, step: int) -> None:
