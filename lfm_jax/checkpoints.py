@@ -123,7 +123,7 @@ def load_params(folder: epath.PathLike, *, ema: bool = True, step: int | None = 
     handlers = _handlers(ocp.PyTreeCheckpointHandler())
     with ocp.CheckpointManager(
         epath.Path(folder).absolute(),
-        options=ocp.CheckpointManagerOptions(read_only=True),
+        options=ocp.CheckpointManagerOptions(create=False),
         item_handlers=handlers,
     ) as manager:
         tree = manager.item_metadata(step)[STATE].tree

@@ -83,12 +83,12 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     train, test = build.images(config, "train"), build.images(config, "test")
     codec = build.codec(config, workdir)
     count = min(section.num_real, len(test))
-    held_out = _spread(len(test), count)
+    held_out = spread(len(test), count)
     real = collect(_read(test, held_out), total=count, description="held-out real")
-    floor_indices = _spread(len(train), min(count, len(train)))
+    floor_indices = spread(len(train), min(count, len(train)))
     floor = collect(_read(train, floor_indices), total=count, description="train real")
     rebuilt = collect(
-        _reconstruct(codec, test, held_out), total=count, description="reconstructions"
+        reconstruct(codec, test, held_out), total=count, description="reconstructions"
     )
     reference = make_reference(
         real, source=test.name, source_fingerprint=test.fingerprint, jpeg_quality=section.jpeg
@@ -200,7 +200,7 @@ def _random(config: ConfigDict) -> Extractor:
     )
 
 
-def _spread(total: int, count: int) -> np.ndarray:
+def spread(total: int, count: int) -> np.ndarray:
     """`count` evenly spaced indices: no class is favoured in sources sorted by class."""
     return np.linspace(0, total - 1, count).round().astype(int)
 
@@ -210,7 +210,7 @@ def _read(source: ImageSource, indices: np.ndarray) -> Iterator[np.ndarray]:
         yield source.batch(indices[start : start + _BATCH])["image"]
 
 
-def _reconstruct(codec: Codec, source: ImageSource, indices: np.ndarray) -> Iterator[np.ndarray]:
+def reconstruct(codec: Codec, source: ImageSource, indices: np.ndarray) -> Iterator[np.ndarray]:
     @jax.jit
     def rebuild(codec: Codec, images):
         mean = codec.encode_moments(from_uint8(images))[..., : codec.latent_channels]

@@ -144,16 +144,10 @@ def sample_labels(config: ConfigDict) -> Int[np.ndarray, " n"] | None:
     return np.asarray(chosen, np.int32)[indices % len(chosen)]
 
 
-def class_name_rows(
-    config: ConfigDict, *, per_class: int
-) -> tuple[list[str], np.ndarray | None, int]:
-    """A grid's layout: row labels, the class of each cell, and the number of columns."""
-    classes = config.data.num_classes
-    if not classes:
-        return [], np.zeros(per_class**2, np.int32), per_class
-    shown = min(classes, 10)
-    names = build.images(config, "train").class_names[:shown]
-    return list(names), np.repeat(np.arange(shown, dtype=np.int32), per_class), per_class
+def class_names(config: ConfigDict, *, most: int = 10) -> list[str]:
+    """Names of the first classes, for the rows of a grid; empty for an unconditional model."""
+    shown = min(config.data.num_classes, most)
+    return list(build.images(config, "train").class_names[:shown]) if shown else []
 
 
 def load_samples(path: epath.PathLike) -> dict[str, np.ndarray]:

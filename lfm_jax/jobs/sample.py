@@ -15,7 +15,7 @@ from tqdm import tqdm
 from lfm_jax import checkpoints, sharding
 from lfm_jax.config import content_hash
 from lfm_jax.jobs import build
-from lfm_jax.jobs.generate import Generator, class_name_rows, load_samples, sample_labels
+from lfm_jax.jobs.generate import Generator, class_names, load_samples, sample_labels
 from lfm_jax.workdir import Workdir
 from lfm_jax.writers import image_grid, save_image, write_bytes
 
@@ -92,9 +92,8 @@ def _grid(config: ConfigDict, images: np.ndarray, labels: np.ndarray | None):
     """The first samples of each class, a row a class; without classes the first hundred."""
     if labels is None:
         return image_grid(images[: _PER_CLASS**2], columns=_PER_CLASS)
-    names, _, _ = class_name_rows(config, per_class=1)
     rows, cells = [], []
-    for label, name in enumerate(names):
+    for label, name in enumerate(class_names(config)):
         found = images[labels == label][:_PER_CLASS]
         if len(found):
             blank = np.full((_PER_CLASS - len(found), *images.shape[1:]), 255, np.uint8)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from lfm_jax import checkpoints, sharding
@@ -13,11 +14,13 @@ from lfm_jax.errors import UserError
 from lfm_jax.flow import flow_matching_loss
 from lfm_jax.jobs import build
 from lfm_jax.jobs.fit import fit
-from lfm_jax.jobs.generate import Generator, class_name_rows
+from lfm_jax.jobs.generate import Generator, class_names
 from lfm_jax.models import forward_macs, init_params
 from lfm_jax.state import TrainState, create_state, make_step
 from lfm_jax.workdir import Workdir
 from lfm_jax.writers import image_grid, save_image
+
+_PREVIEWED = 8  # pictures of a class
 
 
 def inputs(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
@@ -121,12 +124,13 @@ def _start_from(init: str | None, state: TrainState) -> TrainState:
 def _previews(config: ConfigDict, workdir: Workdir) -> Callable[[TrainState, int], None]:
     """A picture of the same few noises every time, so that two steps can be compared."""
     generator = Generator.from_config(config, workdir)
-    rows, labels, columns = class_name_rows(config, per_class=8)
+    names = class_names(config)
+    labels = np.repeat(np.arange(len(names) or _PREVIEWED, dtype=np.int32), _PREVIEWED)
 
     def preview(state: TrainState, step: int) -> None:
         images, _ = generator(state.best_params, range(len(labels)), labels)
         if sharding.is_main_process():
-            picture = image_grid(images, columns=columns, row_labels=rows)
+            picture = image_grid(images, columns=_PREVIEWED, row_labels=names)
             save_image(workdir.previews / f"step_{step:07d}.png", picture)
 
     return preview
