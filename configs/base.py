@@ -1,6 +1,6 @@
 """Every field with its default: `lfm_jax/config.py` defines and comments them, this shows them.
 
-    python configs/base.py        prints them as key = value
+    python configs/base.py        prints them with their comments
 
 An experiment starts from here: `config = default_config()`, then sets what differs.
 """
