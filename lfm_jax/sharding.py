@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -95,11 +96,13 @@ def state_sharding(abstract: Any, mesh: Mesh) -> Any:
 
 def fetch(tree: Any) -> Any:
     """A pytree of device arrays as host numpy, gathered over processes where that is needed."""
-    if jax.process_count() == 1:
-        return jax.device_get(tree)
-    from jax.experimental import multihost_utils
 
-    return multihost_utils.process_allgather(tree, tiled=True)
+    def one(array: jax.Array) -> np.ndarray:
+        if array.is_fully_addressable or array.is_fully_replicated:
+            return np.asarray(array.addressable_data(0) if array.is_fully_replicated else array)
+        return multihost_utils.process_allgather(array, tiled=True)
+
+    return jax.tree.map(one, tree)
 
 
 def is_main_process() -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 from etils import epath
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from lfm_jax import config as config_lib
@@ -82,6 +83,11 @@ class Workdir:
             )
         return result
 
+    def holds_work(self) -> bool:
+        """Whether a job has left arrays or results here."""
+        parts = ("autoencoder", "latents", "checkpoints", "results")
+        return any((self.root / part).exists() for part in parts)
+
     def checkpoint(self) -> str:
         """Fingerprint of the newest weights, trained here or converted.
 
@@ -120,7 +126,8 @@ def claim(workdir: Workdir, config: ConfigDict) -> None:
                 f"{workdir.config}: expected the JSON that a run of lfm_jax wrote; "
                 "remove it or choose another --workdir"
             ) from error
-        if found != wanted:
+        # A run that failed before it made anything has no claim.
+        if found != wanted and workdir.holds_work():
             differing = _differing(found, wanted)
             raise UserError(
                 f"--workdir={workdir.root} holds another config's run; differing: {differing}; "
@@ -162,6 +169,8 @@ def write_result(
     }
     if jax.process_index() == 0:
         write_json(workdir.result_path(job), result)
+    if jax.process_count() > 1:  # the next stage reads it in every process
+        multihost_utils.sync_global_devices(f"result of {job}")
     return result
 
 

@@ -32,10 +32,19 @@ def test_another_config_is_refused_with_the_differing_key(workdir, section, fiel
     config = default_config()
     claim(workdir, config)
     before = workdir.config.read_text()
+    workdir.checkpoints.mkdir()
     config[section][field] = value
     with pytest.raises(UserError, match=rf"{section}\.{field}"):
         claim(workdir, config)
     assert workdir.config.read_text() == before
+
+
+def test_a_run_that_made_nothing_has_no_claim(workdir):
+    config = default_config()
+    claim(workdir, config)
+    config.model.depth = 3
+    claim(workdir, config)
+    assert json.loads(workdir.config.read_text())["config"]["model"]["depth"] == 3
 
 
 def test_a_foreign_file_in_the_place_of_ours_is_refused(workdir):

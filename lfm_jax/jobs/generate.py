@@ -84,7 +84,9 @@ class Generator:
         indices = place(np.asarray(indices, np.uint32))
         labels = place(np.asarray(labels, np.int32)) if self.num_classes else None
         images, stats = _generate(self._static(), self.codec, params, indices, labels)
-        return sharding.fetch(images)[:n], sharding.fetch(stats)
+        # Per-sample counts lose the filling-up too; totals have no axis.
+        stats = {k: v[:n] if v.ndim else v for k, v in sharding.fetch(stats).items()}
+        return sharding.fetch(images)[:n], stats
 
     def _static(self) -> tuple:
         """The hashable part, on which the program is compiled."""

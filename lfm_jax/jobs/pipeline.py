@@ -1,6 +1,7 @@
 """Run what is missing of autoencode, encode, train, sample, evaluate, in order."""
 
 import importlib
+import sys
 import time
 from typing import Any
 
@@ -32,7 +33,7 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
         if is_done(workdir, name, wanted):
             logging.info("%s: done already", name)
             if sharding.is_main_process():
-                tqdm.write(f"{name}: done already, its inputs have not changed", file=_stderr())
+                tqdm.write(f"{name}: done already, its inputs have not changed", file=sys.stderr)
             results[name] = workdir.result(name)
             continue
         start = time.perf_counter()
@@ -45,9 +46,3 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
 
 def _figures(result: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in result.items() if key not in ("job", "provenance")}
-
-
-def _stderr():
-    import sys
-
-    return sys.stderr

@@ -9,11 +9,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from lfm_jax import checkpoints, sharding
 from lfm_jax.config import content_hash
+from lfm_jax.flow import describe_failure
 from lfm_jax.jobs import build
 from lfm_jax.jobs.generate import Generator, class_names, load_samples, sample_labels
 from lfm_jax.workdir import Workdir
@@ -41,40 +44,63 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     parts = workdir.samples / f"parts-{content_hash(inputs(config, workdir))[:16]}"
     starts = range(0, section.num_samples, section.batch_size)
     paths = [parts / f"{start:08d}.npz" for start in starts]
-    seconds, evaluations = [], []
-    with tqdm(total=section.num_samples, desc="sample", unit="img") as bar:
-        for start, path in zip(starts, paths, strict=True):
+    missing = _agreed(np.array([not path.exists() for path in paths]))
+    seconds = []
+    with tqdm(
+        total=section.num_samples, desc="sample", unit="img", disable=not sharding.is_main_process()
+    ) as bar:
+        for start, path, wanted in zip(starts, paths, missing, strict=True):
             stop = min(start + section.batch_size, section.num_samples)
-            if not path.exists():
+            if wanted:
                 begin = time.perf_counter()
                 chosen = None if labels is None else labels[start:stop]
                 images, stats = generator(params, range(start, stop), chosen)
                 seconds.append((time.perf_counter() - begin) / (stop - start))
+                failure = describe_failure(stats, np.arange(start, stop))
+                if failure:
+                    raise FloatingPointError(f"sample: {failure}; finished parts are in {parts}")
                 if sharding.is_main_process():
                     write_bytes(path, _npz(images=images, **_counts(stats)))
             bar.update(stop - start)
 
-    # ---- one file, one picture
-    chunks = [load_samples(path) for path in paths]
-    images = np.concatenate([chunk["images"] for chunk in chunks])
-    evaluations = {name: np.mean([c[name] for c in chunks]) for name in ("nfe", "network_calls")}
-    if sharding.is_main_process():
-        arrays = {"arr_0": images} if labels is None else {"arr_0": images, "arr_1": labels}
-        write_bytes(workdir.samples / "samples.npz", _npz(**arrays))
-        save_image(workdir.samples / "grid.png", _grid(config, images, labels))
-        if section.png:
-            _write_pngs(workdir, images)
-        parts.rmtree()
-    return {
+    figures = {
         "num_samples": section.num_samples,
         "checkpoint_step": step,
         "ema": section.ema,
         "solver": section.solver,
+        "num_steps": None if section.rtol else section.num_steps,
+        "rtol": section.rtol,
         "guidance": section.guidance,
         "seed": section.seed,
-        **{name: float(value) for name, value in evaluations.items()},
         # The first part holds the compilation.
         "images_per_second": float(1 / np.median(seconds[1:])) if len(seconds) > 1 else None,
+    }
+    if sharding.is_main_process():
+        figures |= _join(config, workdir, paths, labels)
+        parts.rmtree()
+    return figures
+
+
+def _agreed(missing: np.ndarray) -> np.ndarray:
+    """What the main process found missing, in every process: all must run the same programs."""
+    if jax.process_count() == 1:
+        return missing
+    return multihost_utils.broadcast_one_to_all(missing)
+
+
+def _join(
+    config: ConfigDict, workdir: Workdir, paths: list[epath.Path], labels: np.ndarray | None
+) -> dict[str, float]:
+    """One file and one picture of all parts; the mean counts of the solver."""
+    chunks = [load_samples(path) for path in paths]
+    images = np.concatenate([chunk["images"] for chunk in chunks])
+    arrays = {"arr_0": images} if labels is None else {"arr_0": images, "arr_1": labels}
+    write_bytes(workdir.samples / "samples.npz", _npz(**arrays))
+    save_image(workdir.samples / "grid.png", _grid(config, images, labels))
+    if config.sample.png:
+        _write_pngs(workdir, images)
+    return {
+        name: float(np.mean([chunk[name] for chunk in chunks])) for name in ("nfe", "network_calls")
     }
 
 
