@@ -2,6 +2,9 @@
 
     python -m lfm_jax.main --config=configs/celebahq.py --workdir=runs/celebahq
         --config.data.path=FOLDER
+    ... --config=configs/celebahq.py:adm       LFM's U-Net (FID 5.67)
+    ... --config=configs/celebahq.py:512       512x512 (FID 6.35)
+    ... --config=configs/celebahq.py:1024      1024x1024 (no figure published)
 
 Hardware: the paper trained on one A100, batch 32.
 Expected time, from the closed FLOP form at 40 % MFU on one H200: about 4.4 h.
@@ -12,7 +15,7 @@ pytorch-fid on JPEG files). Not reproduced here.
 
 from ml_collections import ConfigDict
 
-from lfm_jax.config import default_config, sd_latents_256, variants
+from lfm_jax.config import default_config, lfm_network, sd_latents_256, variants
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -25,4 +28,32 @@ def get_config(variant: str = "") -> ConfigDict:
     config.train.steps = 400_000  # epoch 475 of 27,000 images
     config.train.batch_size = 32
     config.train.learning_rate = 2e-4
-    return variants(config, variant)
+    return variants(config, variant, **{"adm": _adm, "512": _512, "1024": _1024})
+
+
+def _adm(config: ConfigDict) -> ConfigDict:
+    lfm_network(config, "unet", (1, 2, 2, 2), (16, 8))
+    config.train.steps = 116_000  # epoch 480
+    config.train.batch_size = 112
+    config.train.learning_rate = 2e-5
+    config.train.schedule = "cosine"
+    config.train.learning_rate_final = 1e-5
+    return config
+
+
+def _512(config: ConfigDict) -> ConfigDict:
+    config.data.image_size = 512
+    lfm_network(config, "unet", (1, 2, 2, 2, 4), (16, 8))
+    config.train.steps = 240_000  # epoch 425
+    config.train.batch_size = 48
+    config.train.learning_rate = 2e-5
+    return config
+
+
+def _1024(config: ConfigDict) -> ConfigDict:
+    config.data.image_size = 1024
+    lfm_network(config, "adm", (1, 1, 2, 2, 4, 4), (16, 8))
+    config.train.steps = 562_000  # epoch 1000
+    config.train.batch_size = 48
+    config.train.learning_rate = 2e-5
+    return config

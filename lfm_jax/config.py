@@ -70,6 +70,15 @@ def default_config() -> ConfigDict:
     config.model.depth = placeholder(int)  # blocks
     config.model.heads = placeholder(int)
     config.model.patch = placeholder(int)  # latent pixels along a token's side
+    config.model.channels = placeholder(int)  # U-Nets: width of the first level
+    config.model.mult = placeholder(tuple)  # U-Nets: width of each level over the first's
+    config.model.blocks = placeholder(int)  # U-Nets: residual blocks a level
+    config.model.attention_resolutions = placeholder(tuple)  # U-Nets: sides of maps with attention
+    config.model.attention_reading = placeholder(str)  # unet: resolution | factor (published code)
+    config.model.head_channels = placeholder(int)  # U-Nets: channels a head, in place of heads
+    config.model.dropout = placeholder(float)  # U-Nets
+    config.model.context_dim = placeholder(int)  # width of context tokens for cross-attention
+    config.model.convention = placeholder(str)  # flow | what an imported network predicts
     config.model.time_scale = placeholder(float)  # t times this enters the sinusoids; LFM: 1
     config.model.remat = placeholder(str)  # recomputation of activations in the backward pass
     config.model.scan_blocks = placeholder(bool)  # one compiled block for all: ~10x faster compile
@@ -192,6 +201,22 @@ def sd_latents_256(config: ConfigDict) -> ConfigDict:
     return config
 
 
+def lfm_network(
+    config: ConfigDict, name: str, mult: tuple[int, ...], attention: tuple[int, ...]
+) -> ConfigDict:
+    """One of LFM's U-Nets: ``adm`` (EDM's form) or ``unet`` (guided-diffusion's).
+
+    `attention` is read as the published code reads it: map sides by ``adm``, downsampling factors
+    by ``unet``.
+    """
+    config.model.name = name
+    config.model.mult = mult
+    config.model.attention_resolutions = attention
+    if name == "unet":
+        config.model.attention_reading = "factor"
+    return config
+
+
 def variants(
     config: ConfigDict, name: str, **choices: Callable[[ConfigDict], ConfigDict]
 ) -> ConfigDict:
@@ -234,6 +259,8 @@ def smoke(config: ConfigDict, *, synthetic: bool = True) -> ConfigDict:
     config.autoencoder.steps = 10
     config.autoencoder.batch_size = 32
     config.model.name = "DiT"
+    for key in ("mult", "attention_resolutions", "attention_reading"):
+        config.model[key] = None
     config.model.hidden = 32
     config.model.depth = 2
     config.model.heads = 2

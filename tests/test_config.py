@@ -2,13 +2,14 @@
 
 import importlib.util
 
+import jax
 import pytest
 from checkout import ROOT
 
 from lfm_jax.config import content_hash, default_config, overrides, to_json
 from lfm_jax.config_check import _RULES, check_config
 from lfm_jax.errors import UserError
-from lfm_jax.models import create_model
+from lfm_jax.models import count_params, create_model, init_params
 
 FILES = sorted(p.name for p in (ROOT / "configs").glob("*.py"))
 
@@ -46,9 +47,29 @@ def test_every_docstring_states_command_hardware_and_figure(name):
     assert "docs/results" in text or "Expected figure" in text
 
 
-def test_imagenet_variants_are_the_published_sizes():
-    for size in ("XL/2", "L/2"):
-        assert _load("imagenet.py").get_config(size).model.name == f"DiT-{size}"
+@pytest.mark.parametrize(
+    "name, variant, side, millions",
+    [
+        ("imagenet.py", "XL/2", 32, 674.8),
+        ("imagenet.py", "L/2", 32, 457.8),
+        ("imagenet.py", "adm", 32, 407.4),
+        ("celebahq.py", "adm", 32, 153.1),
+        ("celebahq.py", "512", 64, 352.2),
+        ("celebahq.py", "1024", 128, 531.8),
+        ("ffhq.py", "adm", 32, 406.4),
+        ("lsun_bedroom.py", "adm", 32, 406.4),
+        ("lsun_church.py", "adm", 32, 356.1),
+    ],
+)
+def test_variants_are_the_published_networks(name, variant, side, millions):
+    config = _load(name).get_config(variant)
+    check_config(config)
+    assert config.data.image_size == 8 * side
+    fields = overrides(config.model) | {"dtype": "float32"}
+    model = create_model(fields.pop("name"), num_classes=config.data.num_classes, **fields)
+    key = jax.random.key(0)
+    shapes = jax.eval_shape(lambda: init_params(model, key, (side, side, 4)))
+    assert count_params(shapes) / 1e6 == pytest.approx(millions, abs=0.06)
 
 
 @pytest.mark.parametrize(
