@@ -137,7 +137,7 @@ def test_data_parallel_equals_fsdp_equals_one_device(tmp_path):
             env=environment,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=900,
             check=False,
         )
         assert done.returncode == 0, done.stderr[-2000:]
