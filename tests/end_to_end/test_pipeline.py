@@ -117,3 +117,56 @@ def test_sigterm_saves_and_exits_with_75(run, tmp_path):
     assert process.returncode == 75, errors[-2000:]
     saved = checkpoints.latest_step(again / "checkpoints")
     assert saved >= 25 and f"saved step {saved}" in errors
+
+
+_PLAIN_RESTORE = """
+import sys
+import numpy as np
+import orbax.checkpoint as ocp
+from safetensors.numpy import load_file
+params = ocp.StandardCheckpointer().restore(sys.argv[1] + "/0/params")
+assert isinstance(params["patch"]["kernel"], np.ndarray) or params["patch"]["kernel"].shape
+tensors = load_file(sys.argv[1] + "/params.safetensors")
+np.testing.assert_array_equal(tensors["patch/kernel"], params["patch"]["kernel"])
+assert "lfm_jax" not in sys.modules
+"""
+
+
+def test_a_release_opens_with_plain_orbax_and_safetensors(run, command_line):
+    workdir, _ = run
+    done = command_line(*FLAGS, f"--workdir={workdir}", "--job=export")
+    assert done.returncode == 0, done.stderr[-2000:]
+    release = workdir / "release"
+    described = json.loads((release / "config.json").read_text())
+    assert described["latents"]["shape"] == [4, 4, 4] and described["checkpoint_step"] == 20
+    assert "StandardCheckpointer" in (release / "README.md").read_text()
+    command = [sys.executable, "-c", _PLAIN_RESTORE, str(release)]
+    environment = dict(os.environ, JAX_PLATFORMS="cpu")
+    restored = subprocess.run(
+        command, env=environment, cwd="/tmp", capture_output=True, text=True, check=False
+    )
+    assert restored.returncode == 0, restored.stderr[-2000:]
+
+
+def test_samples_of_others_are_judged_and_runs_compared(run, command_line):
+    workdir, _ = run
+    flags = (*FLAGS, f"--workdir={workdir}")
+    done = command_line(
+        *flags, "--job=evaluate", f"--config.evaluate.samples={workdir}/samples/samples.npz"
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "sampler" not in json.loads(done.stdout.splitlines()[-1])
+    done = command_line(*flags, "--job=compare", f"--config.compare.runs=('{workdir}',)")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "<table" in (workdir / "compare.html").read_text()
+
+
+def test_a_broken_sample_file_is_one_line(run, command_line, tmp_path):
+    workdir, _ = run
+    bad = tmp_path / "bad.npz"
+    np.savez(bad, arr_0=np.zeros((4, 8, 8, 1), np.float32))
+    done = command_line(
+        *FLAGS, f"--workdir={workdir}", "--job=evaluate", f"--config.evaluate.samples={bad}"
+    )
+    assert done.returncode == 2
+    assert "bad.npz" in done.stderr and "uint8" in done.stderr
