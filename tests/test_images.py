@@ -298,7 +298,8 @@ def test_crop_keeps_the_centre_and_the_mean():
     np.testing.assert_array_equal(center_crop(blocks, 16), blocks[:, 4:20])
     fine = picture(1, 32, 32)
     averaged = fine.reshape(16, 2, 16, 2, 3).mean((1, 3))
-    np.testing.assert_allclose(center_crop(fine, 16), averaged, atol=0.51)
+    # Pillow rounds after each of the two axes.
+    np.testing.assert_allclose(center_crop(fine, 16), averaged, atol=1)
     smooth = np.linspace(0, 255, 90).astype(np.uint8)[None, :, None].repeat(70, 0).repeat(3, 2)
     cropped = center_crop(smooth, 32)
     assert cropped.shape == (32, 32, 3)
