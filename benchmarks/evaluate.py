@@ -17,7 +17,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-
 from figures import RESULTS, record
 
 from lfm_jax import evaluate

@@ -1,6 +1,10 @@
 """Distances and statistics against scipy, scikit-learn, torch-fidelity and closed forms."""
 
-import jax
+import os
+import subprocess
+import sys
+import textwrap
+
 import numpy as np
 import pytest
 import scipy.linalg
@@ -251,16 +255,44 @@ def test_collect_is_one_pass_whatever_the_batches(digits):
         evaluate.collect_features(_Flat.make(), images.astype(np.float32))
 
 
-def test_eight_devices_equal_one(digits):
-    if len(jax.devices()) < 8:
-        pytest.skip("needs 8 devices: XLA_FLAGS=--xla_force_host_platform_device_count=8")
-    images = digits[0].astype(np.uint8).reshape(-1, 8, 8, 1)
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-    one, eight = (
-        evaluate.collect_features(
-            _Flat.make(), images, batch_size=80, sharding=s, progress=False
-        ).statistics
-        for s in (None, sharding)
+def test_eight_devices_equal_one(digits, tmp_path):
+    """In a process of its own, since the number of devices is fixed when JAX starts."""
+    script = tmp_path / "eight.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import sys
+            import jax, numpy as np
+            from flax import linen as nn
+            from lfm_jax.evaluate import collect_features
+            from lfm_jax.features import Extractor
+
+            class Net(nn.Module):
+                @nn.compact
+                def __call__(self, x):
+                    return {"features": nn.gelu(nn.Conv(16, (3, 3))(x)).mean((1, 2))}
+
+            params = Net().init(jax.random.key(0), np.zeros((1, 8, 8, 1), np.float32))["params"]
+            extractor = Extractor(
+                params=params, model=Net(), name="n", dim=16, input_size=8, channels=1
+            )
+            images = np.load(sys.argv[1]).astype(np.uint8).reshape(-1, 8, 8, 1)
+            mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+            sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+            one, eight = (
+                collect_features(extractor, images, batch_size=80, sharding=s, progress=False)
+                for s in (None, sharding)
+            )
+            np.testing.assert_allclose(one.features, eight.features, rtol=1e-5, atol=1e-6)
+            a, b = one.statistics, eight.statistics
+            np.testing.assert_allclose(a.covariance, b.covariance, rtol=1e-5, atol=1e-8)
+            assert a.count == b.count == 900
+            """
+        )
     )
-    np.testing.assert_allclose(one.covariance, eight.covariance, rtol=1e-6, atol=1e-9)
+    np.save(tmp_path / "digits.npy", digits[0])
+    flags = "--xla_force_host_platform_device_count=8"
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    subprocess.run(
+        [sys.executable, script, tmp_path / "digits.npy"], env=environment, check=True, timeout=180
+    )

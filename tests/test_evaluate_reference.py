@@ -190,6 +190,10 @@ def test_samples_of_other_people(tmp_path):
     np.testing.assert_array_equal(samples.labels, np.arange(5))
     np.savez(tmp_path / "u.npz", arr_0=images)
     assert evaluate.read_samples(tmp_path / "u.npz").labels is None
+    np.savez_compressed(tmp_path / "c.npz", arr_0=images)
+    batches = list(evaluate.SampleFile(tmp_path / "c.npz").batches(2))
+    assert [len(b) for b in batches] == [2, 2, 1]
+    np.testing.assert_array_equal(np.concatenate(batches), images)
 
 
 @pytest.mark.parametrize(
@@ -217,7 +221,7 @@ def test_unreadable_samples_are_named(tmp_path):
     with pytest.raises(UserError, match="not readable"):
         evaluate.read_samples(tmp_path / "s.npz")
     np.save(tmp_path / "a.npy", np.zeros((2, 8, 8, 3), np.uint8))
-    with pytest.raises(UserError, match="a bare array"):
+    with pytest.raises(UserError, match="not readable"):
         evaluate.read_samples(tmp_path / "a.npy")
 
 

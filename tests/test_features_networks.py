@@ -1,6 +1,8 @@
 """The published networks against other people's: shared random weights, real photographs."""
 
 import dataclasses
+import os
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -239,3 +241,42 @@ def test_your_own_extractor_in_few_lines():
         extractor(np.zeros((1, 8, 8, 3), np.float32))
     with pytest.raises(UserError, match=r"4 channels; accepted: 3 or 1"):
         extractor(np.zeros((1, 8, 8, 4), np.uint8))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("LFM_FID_WEIGHTS" not in os.environ, reason="LFM_FID_WEIGHTS: no weights file")
+def test_published_weights_know_a_cat():
+    import skimage.data
+
+    extractor = open_extractor("inception", weights=os.environ["LFM_FID_WEIGHTS"])
+    logits = np.asarray(_apply(extractor, skimage.data.chelsea()[None])["logits"])[0]
+    probability = np.exp(logits - logits.max())
+    assert extractor.name == "Inception"
+    # Trained weights are certain of a photograph where random ones are not.
+    assert probability.max() / probability.sum() > 0.3
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not {"LFM_FID_WEIGHTS", "LFM_ADM_FOLDER"} <= set(os.environ),
+    reason="LFM_FID_WEIGHTS, LFM_ADM_FOLDER: no weights or no ADM sample batches",
+)
+def test_published_numbers_of_adm():
+    """ADM-G + ADM-U on ImageNet 256 as its evaluator prints them."""
+    from lfm_jax import evaluate
+
+    folder = Path(os.environ["LFM_ADM_FOLDER"])
+    extractor = open_extractor("inception", weights=os.environ["LFM_FID_WEIGHTS"])
+    reference = evaluate.read_reference(folder / "VIRTUAL_imagenet256_labeled.npz")
+    samples = evaluate.SampleFile(folder / "admnet_guided_upsampled_imagenet256.npz")
+    fake = evaluate.collect_features(extractor, samples.batches(500), total=len(samples))
+    real = evaluate.collect_features(extractor, reference.images)
+    figures = evaluate.measure(
+        fake, reference, metrics=("fd", "sfd", "pr"), real_features=real.features
+    )
+    assert figures["FID"] == pytest.approx(3.94256, rel=5e-3)
+    assert figures["sFID"] == pytest.approx(6.14043, rel=5e-3)
+    assert figures["precision"] == pytest.approx(0.8265, abs=5e-3)
+    assert figures["recall"] == pytest.approx(0.5309, abs=5e-3)
+    score, _ = evaluate.inception_score(fake.logits, split_size=5000, shuffle=False)
+    assert score == pytest.approx(215.837, rel=5e-3)

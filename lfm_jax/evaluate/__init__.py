@@ -20,7 +20,7 @@ from lfm_jax.evaluate.reference import (
     statistics_of,
     write_reference,
 )
-from lfm_jax.evaluate.samples import Samples, check_images, read_samples
+from lfm_jax.evaluate.samples import SampleFile, Samples, check_images, read_samples
 from lfm_jax.evaluate.statistics import FeatureStatistics, StreamingStatistics
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "ManifoldFigures",
     "Memorisation",
     "Reference",
+    "SampleFile",
     "Samples",
     "StreamingStatistics",
     "bootstrap",

@@ -17,8 +17,8 @@ def cmmd(
     features1: Float[np.ndarray, "n d"],
     features2: Float[np.ndarray, "m d"],
     *,
-    sigma: float = 10.0,
-    scale: float = 1000.0,
+    sigma: float | int = 10.0,
+    scale: float | int = 1000.0,
     chunk: int = 2048,
 ) -> float:
     """CMMD of two sets of CLIP features (normalised here); 0 for equal sets."""

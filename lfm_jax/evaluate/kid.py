@@ -18,8 +18,8 @@ def polynomial_mmd2(
     features2: Float[np.ndarray, "m d"],
     *,
     degree: int = 3,
-    gamma: float | None = None,
-    coef0: float = 1.0,
+    gamma: float | int | None = None,
+    coef0: float | int = 1.0,
 ) -> float:
     """Unbiased MMD^2 of two sets under ``(gamma <x, y> + coef0)^degree``; gamma defaults to 1/d."""
     x, y = (np.asarray(f, np.float64) for f in (features1, features2))
@@ -42,8 +42,8 @@ def kid(
     subset_size: int = 1000,
     seed: int = 2020,
     degree: int = 3,
-    gamma: float | None = None,
-    coef0: float = 1.0,
+    gamma: float | int | None = None,
+    coef0: float | int = 1.0,
 ) -> tuple[float, float]:
     """Mean and standard deviation of MMD^2 over random subsets drawn without replacement.
 

@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import os
 import zipfile
+from collections.abc import Iterator
 
 import numpy as np
 from etils import epath
@@ -29,49 +30,119 @@ class Samples:
 
 
 def read_samples(path: str | os.PathLike) -> Samples:
-    """Read and check a sample file.
+    """Read and check a sample file whole; `SampleFile` reads it in batches.
 
     Raises:
         UserError: missing, not an npz, floats, channels first, ranks or counts that do not fit.
     """
-    path = epath.Path(path)
-    if not path.exists():
-        raise UserError(f"samples {path}: no such file; {ACCEPTED}")
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        file.seek(0)
+    file = SampleFile(path)
+    images = np.empty(file.shape, np.uint8)
+    start = 0
+    for batch in file.batches(4096):
+        images[start : start + len(batch)] = batch
+        start += len(batch)
+    with file.path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return Samples(images=images, labels=file.labels, sha256=digest)
+
+
+class SampleFile:
+    """A sample file opened and checked but not read: 50,000 images of 256 pixels are 10 GB.
+
+    Attributes:
+        shape: ``(n, h, w, c)`` of the images.
+        labels: int64 ``[n]``, None if unconditional.
+
+    Raises:
+        UserError: as `read_samples`, before any image is read.
+    """
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        self.path = epath.Path(path)
+        if not self.path.exists():
+            raise UserError(f"samples {path}: no such file; {ACCEPTED}")
         try:
-            archive = np.load(file, allow_pickle=False)
-            names = getattr(archive, "files", ["a bare array"])
-            if "arr_0" not in names:
-                raise UserError(f"samples {path}: holds {', '.join(names)}; {ACCEPTED}")
-            images = archive["arr_0"]
-            labels = archive["arr_1"] if "arr_1" in names else None
+            with self.path.open("rb") as file, zipfile.ZipFile(file) as archive:
+                names = {n.removesuffix(".npy") for n in archive.namelist()}
+                if "arr_0" not in names:
+                    raise UserError(f"samples {path}: holds {', '.join(sorted(names))}; {ACCEPTED}")
+                with archive.open("arr_0.npy") as member:
+                    self.shape, fortran, dtype = _read_header(member)
+                    hint = ""
+                    if dtype.kind == "f" and self.shape and self.shape[0]:
+                        first = np.frombuffer(member.read(dtype.itemsize * 1000), dtype)
+                        hint = f" in [{first.min():.3g}, {first.max():.3g}]"
+                self.labels = None
+                if "arr_1" in names:
+                    with archive.open("arr_1.npy") as member:
+                        self.labels = np.lib.format.read_array(member, allow_pickle=False)
         except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
             raise UserError(f"samples {path}: not readable ({error}); {ACCEPTED}") from error
-    check_images(images, f"samples {path}: arr_0")
-    if labels is not None:
-        if labels.ndim != 1 or len(labels) != len(images) or labels.dtype.kind not in "iu":
+        check_layout(self.shape, dtype, f"samples {path}: arr_0", hint=hint)
+        if fortran:
+            raise UserError(f"samples {path}: arr_0 is in Fortran order; {ACCEPTED}, in C order")
+        self._check_labels()
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def batches(self, size: int) -> Iterator[UInt8[np.ndarray, "b h w c"]]:
+        """The images in order, `size` at a time; `UserError` if the file ends too soon."""
+        pixels = int(np.prod(self.shape[1:]))
+        with self.path.open("rb") as file, zipfile.ZipFile(file) as archive:
+            with archive.open("arr_0.npy") as member:
+                _read_header(member)
+                for start in range(0, len(self), size):
+                    count = min(size, len(self) - start)
+                    try:
+                        data = member.read(count * pixels)
+                    except (OSError, EOFError, zipfile.BadZipFile) as error:
+                        raise UserError(
+                            f"samples {self.path}: not readable ({error}); {ACCEPTED}"
+                        ) from error
+                    if len(data) != count * pixels:
+                        raise UserError(
+                            f"samples {self.path}: ends after {start + len(data) // pixels} "
+                            f"of {len(self)} images; {ACCEPTED}"
+                        )
+                    yield np.frombuffer(data, np.uint8).reshape(count, *self.shape[1:])
+
+    def _check_labels(self) -> None:
+        labels = self.labels
+        if labels is None:
+            return
+        if labels.ndim != 1 or len(labels) != len(self) or labels.dtype.kind not in "iu":
             raise UserError(
-                f"samples {path}: arr_1 is {labels.dtype} {list(labels.shape)} "
-                f"for {len(images)} images; {ACCEPTED}"
+                f"samples {self.path}: arr_1 is {labels.dtype} {list(labels.shape)} "
+                f"for {len(self)} images; {ACCEPTED}"
             )
-        labels = labels.astype(np.int64)
-    return Samples(images=images, labels=labels, sha256=digest)
+        self.labels = labels.astype(np.int64)
+
+
+def _read_header(member) -> tuple[tuple[int, ...], bool, np.dtype]:
+    version = np.lib.format.read_magic(member)
+    if version == (1, 0):
+        return np.lib.format.read_array_header_1_0(member)
+    return np.lib.format.read_array_header_2_0(member)
 
 
 def check_images(images: np.ndarray, what: str) -> None:
     """`UserError`, beginning with `what`, unless `images` are uint8 NHWC with 1 or 3 channels."""
-    shape = list(images.shape)
-    if images.dtype != np.uint8:
-        hint = ""
-        if images.dtype.kind == "f" and images.size:
-            hint = f" in [{images.min():.3g}, {images.max():.3g}]"
-        raise UserError(f"{what} is {images.dtype}{hint}; {ACCEPTED}")
-    if images.ndim != 4:
-        raise UserError(f"{what} has shape {shape}; {ACCEPTED}")
-    if images.shape[-1] not in (1, 3):
-        first = " (channels first)" if images.shape[1] in (1, 3) else ""
-        raise UserError(f"{what} has shape {shape}{first}; {ACCEPTED}")
-    if not len(images):
+    hint = ""
+    if images.dtype.kind == "f" and images.size:
+        hint = f" in [{images.min():.3g}, {images.max():.3g}]"
+    check_layout(images.shape, images.dtype, what, hint=hint)
+
+
+def check_layout(shape: tuple[int, ...], dtype: np.dtype, what: str, *, hint: str = "") -> None:
+    """The same of a shape and a dtype; `hint` says more of a wrong dtype."""
+    if dtype != np.uint8:
+        raise UserError(f"{what} is {dtype}{hint}; {ACCEPTED}")
+    found = list(shape)
+    if len(shape) != 4:
+        raise UserError(f"{what} has shape {found}; {ACCEPTED}")
+    if shape[-1] not in (1, 3):
+        first = " (channels first)" if shape[1] in (1, 3) else ""
+        raise UserError(f"{what} has shape {found}{first}; {ACCEPTED}")
+    if not shape[0]:
         raise UserError(f"{what} is empty; {ACCEPTED}")
