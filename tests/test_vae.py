@@ -24,6 +24,12 @@ def count(tree):
 
 
 @pytest.fixture(scope="module")
+def coder():
+    model = vae.AutoencoderKL(**SMALL)
+    return model, vae.init_vae(model, jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
 def digits():
     images = load_digits().images[..., None]
     return np.round(images * (255 / 16)).astype(np.uint8)
@@ -44,30 +50,33 @@ def test_shapes_of_small_models(channels, size, widths):
     options = SMALL | {"in_channels": channels, "out_channels": channels}
     model = vae.AutoencoderKL(**options | {"block_out_channels": widths})
     x = jnp.zeros((2, size, size, channels))
-    params = vae.init_vae(model, jax.random.key(0))
-    posterior = model.apply({"params": params}, x, method="encode")
+
+    def all_of_it(key, x):
+        params = model.init(key, x)
+        posterior = model.apply(params, x, method="encode")
+        return posterior, posterior.moments, model.apply(params, posterior.mean, method="decode")
+
+    posterior, moments, image = jax.eval_shape(all_of_it, jax.random.key(0), x)
     side = size // model.factor
     assert posterior.mean.shape == posterior.logvar.shape == (2, side, side, 4)
-    assert posterior.moments.shape == (2, side, side, 8)
-    assert model.apply({"params": params}, posterior.mean, method="decode").shape == x.shape
+    assert moments.shape == (2, side, side, 8)
+    assert image.shape == x.shape
 
 
-def test_activations_in_bfloat16_keep_float32_parameters_and_results():
-    model = vae.AutoencoderKL(**SMALL, dtype=jnp.bfloat16)
-    params = vae.init_vae(model, jax.random.key(0))
+def test_activations_in_bfloat16_keep_float32_parameters_and_results(coder):
+    model, params = coder
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
     x = jax.random.normal(jax.random.key(1), (2, 8, 8, 1))
-    rough = model.apply({"params": params}, x)
-    exact = vae.AutoencoderKL(**SMALL).apply({"params": params}, x)
+    rough = jax.jit(model.clone(dtype=jnp.bfloat16).apply)({"params": params}, x)
+    exact = jax.jit(model.apply)({"params": params}, x)
     assert rough.dtype == jnp.float32
     assert 1e-5 < jnp.max(jnp.abs(rough - exact)) < 0.1 * jnp.std(exact)
 
 
-def test_mistakes_are_named():
+def test_mistakes_are_named(coder):
     with pytest.raises(UserError, match="norm_groups: 7 does not divide 16"):
         vae.init_vae(vae.AutoencoderKL(**SMALL | {"norm_groups": 7}), jax.random.key(0))
-    model = vae.AutoencoderKL(**SMALL)
-    params = vae.init_vae(model, jax.random.key(0))
+    model, params = coder
     with pytest.raises(UserError, match="9x8 pixels, but each side must be a multiple of 2"):
         model.apply({"params": params}, jnp.zeros((1, 9, 8, 1)), method="encode")
     with pytest.raises(UserError, match="images: 3 channels"):
@@ -91,9 +100,8 @@ def test_posterior_clamps_logvar_and_its_kl_is_the_closed_form():
     np.testing.assert_allclose(posterior.kl().item(), expected, rtol=1e-5)
 
 
-def test_a_codec_scales_back_and_is_a_jit_argument_that_does_not_compile_again():
-    model = vae.AutoencoderKL(**SMALL)
-    params = vae.init_vae(model, jax.random.key(0))
+def test_a_codec_scales_back_and_is_a_jit_argument_that_does_not_compile_again(coder):
+    model, params = coder
     codec = vae.make_codec(model, params, scale=0.5, shift=0.25)
     assert (codec.factor, codec.latent_channels, codec.image_channels) == (2, 4, 1)
     traces = []
@@ -105,15 +113,14 @@ def test_a_codec_scales_back_and_is_a_jit_argument_that_does_not_compile_again()
         return codec.decode((mean - codec.shift) * codec.scale)
 
     x = jax.random.normal(jax.random.key(1), (2, 8, 8, 1))
-    expected = model.apply({"params": params}, x)
+    expected = jax.jit(model.apply)({"params": params}, x)
     np.testing.assert_allclose(reconstruct(codec, x), expected, atol=2e-5)
     reconstruct(codec.replace(params=jax.tree.map(lambda p: 2 * p, params)), x)
     assert len(traces) == 1
 
 
-def test_fingerprint_follows_the_encoder_only():
-    model = vae.AutoencoderKL(**SMALL)
-    codec = vae.make_codec(model, vae.init_vae(model, jax.random.key(0)))
+def test_fingerprint_follows_the_encoder_only(coder):
+    codec = vae.make_codec(*coder)
     zeros = jax.tree.map(jnp.zeros_like, codec.params)
     other_decoder = codec.params | {"decoder": zeros["decoder"]}
     other_encoder = codec.params | {"encoder": zeros["encoder"]}
@@ -143,9 +150,8 @@ def test_measured_scale_gives_unit_variance():
     np.testing.assert_allclose([draw.mean(), draw.std()], [0.0, 1.0], atol=0.01)
 
 
-def test_loss_randomness_follows_position_not_order(digits):
-    model = vae.AutoencoderKL(**SMALL)
-    params = vae.init_vae(model, jax.random.key(0))
+def test_loss_randomness_follows_position_not_order(digits, coder):
+    model, params = coder
     loss = jax.jit(vae.autoencoder_loss(model, kl_weight=1e-3, mirror=True))
     batch = {"image": digits[:16], "position": np.arange(100, 116, dtype=np.uint32)}
     order = np.random.default_rng(0).permutation(16)
@@ -159,8 +165,8 @@ def test_loss_randomness_follows_position_not_order(digits):
     np.testing.assert_allclose(total, expected, rtol=1e-6)
 
 
-def test_a_small_autoencoder_learns_digits(digits):
-    model = vae.AutoencoderKL(**SMALL)
+def test_a_small_autoencoder_learns_digits(digits, coder):
+    model, params = coder
     loss = vae.autoencoder_loss(model, kl_weight=1e-4)
     tx = optax.adam(2e-3)
 
@@ -172,7 +178,6 @@ def test_a_small_autoencoder_learns_digits(digits):
         updates, state = tx.update(grads, state)
         return optax.apply_updates(params, updates), state, metrics
 
-    params = vae.init_vae(model, jax.random.key(0))
     state = tx.init(params)
     rng = np.random.default_rng(0)
     for i in range(150):
@@ -180,5 +185,5 @@ def test_a_small_autoencoder_learns_digits(digits):
         position = np.arange(64 * i, 64 * (i + 1), dtype=np.uint32)
         params, state, _ = step(params, state, {"image": digits[index], "position": position})
     held_out = vae.from_uint8(digits[1500:])
-    error = jnp.mean(jnp.square(model.apply({"params": params}, held_out) - held_out))
+    error = jnp.mean(jnp.square(jax.jit(model.apply)({"params": params}, held_out) - held_out))
     assert error < 0.1 * jnp.var(held_out)
