@@ -7,6 +7,7 @@ python -m lfm_jax.main --config=configs/NAME.py[:variant] --workdir=DIR [--job=J
 import json
 import os
 import sys
+from typing import NoReturn
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -73,13 +74,16 @@ def _parse_flags(argv: list[str]) -> list[str]:
         for flag in (_CONFIG, _WORKDIR):
             if flag.value is None:
                 raise errors.UserError(f"--{flag.name} is missing; see --help")
+        list(_CONFIG.value)  # a file that does not load fails here and not on the first use
+    except (KeyError, AttributeError) as error:  # ml_collections' word for an unknown field
+        _end(f"--config: unknown field {error.args[0]}", errors.USER_MISTAKE)
     except Exception as error:  # config files are code: whatever they raise is the user's to mend
         _end(error, errors.USER_MISTAKE)
     logging.set_verbosity(logging.WARNING)
     return rest
 
 
-def _end(error: Exception, status: int) -> None:
+def _end(error: Exception | str, status: int) -> NoReturn:
     line = " ".join(str(error).split()) or type(error).__name__
     print(f"lfm_jax: {line}", file=sys.stderr, flush=True)
     # A peer that is waiting in a collective must not keep this process alive.
