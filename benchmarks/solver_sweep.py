@@ -60,15 +60,15 @@ def measure(config: Any, workdir: Workdir, count: int) -> tuple[list[dict], dict
                 generator(params, range(i, i + _BATCH), labels[i : i + _BATCH])
                 for i in range(0, count, _BATCH)
             ]
-            images = np.concatenate([images for images, _ in parts])
+            images = np.concatenate([images for images, _, _ in parts])
             features = collect(images)
             rows.append(
                 {
                     "guidance": scale,
                     "solver": f"{solver} {steps}" if steps else f"{solver} rtol {tolerance:g}",
-                    "nfe": float(np.mean([np.mean(stats["nfe"]) for _, stats in parts])),
+                    "nfe": float(np.mean([np.mean(stats["nfe"]) for _, _, stats in parts])),
                     "network_calls": float(
-                        np.mean([np.mean(stats["network_calls"]) for _, stats in parts])
+                        np.mean([np.mean(stats["network_calls"]) for _, _, stats in parts])
                     ),
                     "fd": _fd(features, real),
                     "accuracy": float((features.logits.argmax(-1) == labels).mean()),

@@ -126,6 +126,11 @@ def default_config() -> ConfigDict:
     config.sample.ema = True  # sample the averaged weights
     config.sample.seed = 0  # of the noise: sample i is the same for any batch size and topology
     config.sample.png = False  # one PNG an image beside samples.npz
+    config.sample.latents = False  # also write samples/latents.npz, scaled, float32
+    config.sample.trajectory = (
+        0  # columns of samples/trajectory.png (x_t over its estimate); 0: off
+    )
+    config.sample.latency = 0  # timed single samples, with and without decoding; 0: off
 
     # ---- evaluation (jobs/evaluate.py)
     config.evaluate = ConfigDict()

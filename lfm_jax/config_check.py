@@ -78,6 +78,8 @@ _RULES: dict[str, Rule] = {
     "sample.error_norm": _one_of("sample", "batch"),
     "sample.guidance": _at_least(0),
     "sample.guidance_channels": _at_least(0),
+    "sample.trajectory": (lambda v: v == 0 or v >= 2, "0 (off) or a number >= 2"),
+    "sample.latency": _at_least(0),
     "sample.seed": _between(0, 2**31 - 1),
     "evaluate.num_real": _at_least(2),
     "evaluate.pipeline": _one_of("", "tf1", "torch", "clean"),

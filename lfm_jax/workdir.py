@@ -126,14 +126,22 @@ def claim(workdir: Workdir, config: ConfigDict) -> None:
                 f"{workdir.config}: expected the JSON that a run of lfm_jax wrote; "
                 "remove it or choose another --workdir"
             ) from error
-        # A run that failed before it made anything has no claim.
-        if found != wanted and workdir.holds_work():
-            differing = _differing(found, wanted)
+        # A field that was not there yet had its default. A run that made nothing has no claim.
+        differing = _differing(_merged(identity(config_lib.default_config()), found), wanted)
+        if differing and workdir.holds_work():
             raise UserError(
                 f"--workdir={workdir.root} holds another config's run; differing: {differing}; "
                 "expected the same values, or another --workdir"
             )
     write_json(workdir.config, {"identity": wanted, "config": config_lib.to_json(config)})
+
+
+def _merged(defaults: dict, values: dict) -> dict:
+    merged = dict(defaults)
+    for key, value in values.items():
+        nested = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merged(merged[key], value) if nested else value
+    return merged
 
 
 def _differing(found: dict, wanted: dict, prefix: str = "") -> str:

@@ -36,7 +36,7 @@ def test_help_is_short_and_names_the_jobs(command_line):
         ),
         ((DIGITS, "--config.data.num_classes=3"), ("label",)),
         ((DIGITS, "--config.mesh.fsdp=3"), ("fsdp",)),
-        ((DIGITS, "--job=sample"), ("train",)),
+        ((DIGITS, "--job=sample"), ("autoencode.json", "--job=autoencode")),
     ],
     ids=lambda value: " ".join(value[-2:]).replace(str(ROOT), "") if value else None,
 )

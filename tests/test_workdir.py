@@ -39,6 +39,20 @@ def test_another_config_is_refused_with_the_differing_key(workdir, section, fiel
     assert workdir.config.read_text() == before
 
 
+def test_a_field_added_since_has_its_default(workdir):
+    config = default_config()
+    claim(workdir, config)
+    workdir.checkpoints.mkdir()
+    stored = json.loads(workdir.config.read_text())
+    del stored["identity"]["model"]["mult"], stored["identity"]["train"]["b2"]
+    workdir.config.write_text(json.dumps(stored))
+    claim(workdir, config)
+    config.train.b2 = 0.95
+    workdir.config.write_text(json.dumps(stored))
+    with pytest.raises(UserError, match=r"train\.b2"):
+        claim(workdir, config)
+
+
 def test_a_run_that_made_nothing_has_no_claim(workdir):
     config = default_config()
     claim(workdir, config)

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from lfm_jax import rng, sharding
 from lfm_jax.errors import UserError
-from lfm_jax.flow import NetworkVelocity, classifier_free, sample
+from lfm_jax.flow import NetworkVelocity, classifier_free, sample, trajectory
 from lfm_jax.jobs import build
 from lfm_jax.models import Cond
 from lfm_jax.vae import Codec, to_uint8
@@ -67,26 +67,48 @@ class Generator:
         )
 
     def __call__(
-        self, params: Any, indices: Sequence[int], labels: Int[np.ndarray, " n"] | None
-    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Images ``[n, H, W, C]`` uint8 on the host, and the solver's counts.
+        self,
+        params: Any,
+        indices: Sequence[int],
+        labels: Int[np.ndarray, " n"] | None,
+        *,
+        decode: bool = True,
+    ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+        """Images ``[n, H, W, C]`` uint8, their scaled latents and the solver's counts, on the host.
 
-        `n` may be anything; it is filled up to a multiple of the devices.
+        `n` may be anything; it is filled up to a multiple of the devices. Without `decode` the
+        images are empty.
         """
         n = len(indices)
-        padding = -n % self.mesh.size
-        placement = sharding.batch_sharding(self.mesh)
-
-        def place(values) -> jax.Array:
-            values = np.concatenate([values, np.repeat(values[-1:], padding, axis=0)])
-            return jax.make_array_from_callback(values.shape, placement, lambda i: values[i])
-
-        indices = place(np.asarray(indices, np.uint32))
-        labels = place(np.asarray(labels, np.int32)) if self.num_classes else None
-        images, stats = _generate(self._static(), self.codec, params, indices, labels)
+        places = self._place(indices, np.uint32)
+        classes = self._place(labels, np.int32) if self.num_classes else None
+        codec = self.codec if decode else None
+        made = _generate(self._static(), codec, params, places, classes)
+        images, latents, stats = sharding.fetch(made)
         # Per-sample counts lose the filling-up too; totals have no axis.
-        stats = {k: v[:n] if v.ndim else v for k, v in sharding.fetch(stats).items()}
-        return sharding.fetch(images)[:n], stats
+        stats = {k: v[:n] if v.ndim else v for k, v in stats.items()}
+        return images[:n], latents[:n], stats
+
+    def strip(
+        self,
+        params: Any,
+        indices: Sequence[int],
+        labels: Int[np.ndarray, " n"] | None,
+        *,
+        count: int,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Decoded states and running estimates of the data, ``[n, count, H, W, C]`` uint8 each."""
+        places = self._place(indices, np.uint32)
+        classes = self._place(labels, np.int32) if self.num_classes else None
+        states = _snapshots(self._static(), count, self.codec, params, places, classes)
+        return tuple(x[:, : len(indices)].swapaxes(0, 1) for x in sharding.fetch(states))
+
+    def _place(self, values: Any, dtype: Any) -> jax.Array:
+        """One row a sample over all devices, filled up by repeating the last."""
+        values = np.asarray(values, dtype)
+        values = np.concatenate([values, np.repeat(values[-1:], -len(values) % self.mesh.size)])
+        placement = sharding.batch_sharding(self.mesh)
+        return jax.make_array_from_callback(values.shape, placement, lambda i: values[i])
 
     def _static(self) -> tuple:
         """The hashable part, on which the program is compiled."""
@@ -100,8 +122,8 @@ class Generator:
         )
 
 
-@partial(jax.jit, static_argnums=0)
-def _generate(static: tuple, codec: Codec, params: Any, indices, labels):
+def _start(static: tuple, params: Any, indices: Any, labels: Any) -> tuple[Any, Any, dict]:
+    """The guided velocity, the noise of these samples, and the solver's options."""
     model, latent_shape, num_classes, seed, guidance, solver = static
     keys = rng.stream_keys(jax.random.key(seed), rng.Stream.SAMPLE, indices)
     noise = rng.normal(keys, latent_shape)
@@ -110,8 +132,27 @@ def _generate(static: tuple, codec: Codec, params: Any, indices, labels):
     )
     if num_classes:
         velocity = classifier_free(velocity, num_classes=num_classes, **dict(guidance))
-    latents, stats = sample(velocity, noise, **dict(solver))
-    return to_uint8(codec.decode(latents)), stats
+    return velocity, noise, dict(solver)
+
+
+@partial(jax.jit, static_argnums=0)
+def _generate(static: tuple, codec: Codec | None, params: Any, indices, labels):
+    velocity, noise, solver = _start(static, params, indices, labels)
+    latents, stats = sample(velocity, noise, **solver)
+    images = latents[..., :0] if codec is None else to_uint8(codec.decode(latents))
+    return images, latents, stats
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _snapshots(static: tuple, count: int, codec: Codec, params: Any, indices, labels):
+    velocity, noise, solver = _start(static, params, indices, labels)
+    fixed = {key: solver[key] for key in ("solver", "num_steps", "grid")}
+    path = trajectory(velocity, noise, count=min(count, solver["num_steps"] + 1), **fixed)
+
+    def pictures(latents):
+        return jax.lax.map(lambda z: to_uint8(codec.decode(z)), latents)
+
+    return pictures(path["x"]), pictures(path["data"])
 
 
 def sample_labels(config: ConfigDict) -> Int[np.ndarray, " n"] | None:

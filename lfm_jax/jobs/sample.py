@@ -27,8 +27,7 @@ _PER_CLASS = 10  # columns of the grid
 
 def inputs(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     sampling = build.section(config, "sample")
-    for key in ("batch_size", "png"):
-        del sampling["sample"][key]
+    del sampling["sample"]["batch_size"]
     return {"checkpoint": workdir.checkpoint(), **sampling}
 
 
@@ -53,14 +52,19 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
             stop = min(start + section.batch_size, section.num_samples)
             if wanted:
                 begin = time.perf_counter()
-                chosen = None if labels is None else labels[start:stop]
-                images, stats = generator(params, range(start, stop), chosen)
-                seconds.append((time.perf_counter() - begin) / (stop - start))
-                failure = describe_failure(stats, np.arange(start, stop))
+                # Always a whole batch, so that one program serves all; what is over is cut off.
+                indices = np.arange(start, start + section.batch_size)
+                chosen = None if labels is None else labels[indices % len(labels)]
+                images, latents, stats = generator(params, indices, chosen)
+                seconds.append((time.perf_counter() - begin) / section.batch_size)
+                failure = describe_failure(stats, indices)
                 if failure:
                     raise FloatingPointError(f"sample: {failure}; finished parts are in {parts}")
                 if sharding.is_main_process():
-                    write_bytes(path, _npz(images=images, **_counts(stats)))
+                    kept = {"images": images[: stop - start]}
+                    if section.latents:
+                        kept["latents"] = latents[: stop - start]
+                    write_bytes(path, _npz(**kept, **_counts(stats)))
             bar.update(stop - start)
 
     figures = {
@@ -75,10 +79,45 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
         # The first part holds the compilation.
         "images_per_second": float(1 / np.median(seconds[1:])) if len(seconds) > 1 else None,
     }
+    if section.latency:
+        figures["latency_seconds"] = _latency(generator, params, labels, section.latency)
+    if section.trajectory:
+        _trajectory(config, workdir, generator, params)
     if sharding.is_main_process():
         figures |= _join(config, workdir, paths, labels)
         parts.rmtree()
     return figures
+
+
+def _latency(
+    generator: Generator, params: Any, labels: np.ndarray | None, repeats: int
+) -> dict[str, float]:
+    """Median seconds for one sample, with and without decoding; compilation is not counted."""
+    medians = {}
+    for name, decode in (("with_decode", True), ("without_decode", False)):
+        times = []
+        for i in range(repeats + 1):
+            begin = time.perf_counter()
+            generator(params, [i], None if labels is None else labels[:1], decode=decode)
+            times.append(time.perf_counter() - begin)
+        medians[name] = float(np.median(times[1:]))
+    return medians
+
+
+def _trajectory(config: ConfigDict, workdir: Workdir, generator: Generator, params: Any) -> None:
+    """A few samples on their way: a row of x_t, and under it where x_t is heading."""
+    shown = max(min(config.data.num_classes, 5), 3)
+    labels = np.arange(shown, dtype=np.int32)
+    count = config.sample.trajectory
+    states, estimates = generator.strip(params, range(shown), labels, count=count)
+    rows = np.stack([states, estimates], axis=1)
+    picture = image_grid(
+        rows.reshape(-1, *rows.shape[3:]),
+        columns=rows.shape[2],
+        row_labels=["x_t", "estimate of x_0"] * shown,
+    )
+    if sharding.is_main_process():
+        save_image(workdir.samples / "trajectory.png", picture)
 
 
 def _agreed(missing: np.ndarray) -> np.ndarray:
@@ -96,6 +135,9 @@ def _join(
     images = np.concatenate([chunk["images"] for chunk in chunks])
     arrays = {"arr_0": images} if labels is None else {"arr_0": images, "arr_1": labels}
     write_bytes(workdir.samples / "samples.npz", _npz(**arrays))
+    if config.sample.latents:
+        latents = np.concatenate([chunk["latents"] for chunk in chunks])
+        write_bytes(workdir.samples / "latents.npz", _npz(arr_0=latents))
     save_image(workdir.samples / "grid.png", _grid(config, images, labels))
     if config.sample.png:
         _write_pngs(workdir, images)

@@ -128,7 +128,7 @@ def _previews(config: ConfigDict, workdir: Workdir) -> Callable[[TrainState, int
     labels = np.repeat(np.arange(len(names) or _PREVIEWED, dtype=np.int32), _PREVIEWED)
 
     def preview(state: TrainState, step: int) -> None:
-        images, _ = generator(state.best_params, range(len(labels)), labels)
+        images, _, _ = generator(state.best_params, range(len(labels)), labels)
         if sharding.is_main_process():
             picture = image_grid(images, columns=_PREVIEWED, row_labels=names)
             save_image(workdir.previews / f"step_{step:07d}.png", picture)
