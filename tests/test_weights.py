@@ -351,3 +351,26 @@ def test_nested_checkpoints_prefer_the_average(tmp_path):
     raw_params = weights.load_torch("lfm-dit", tmp_path / "n.pt", weights="raw")
     assert not np.any(raw_params["patch"]["kernel"])
     assert len(found.sha256) == 64
+
+
+def test_a_url_is_fetched_once_into_the_users_cache(tmp_path, monkeypatch):
+    import functools
+    import http.server
+    import threading
+
+    network = theirs.randomise(theirs.DiT(64, 1, 4, 2, 4, 4, 8, 11))
+    (tmp_path / "site").mkdir()
+    write(network, tmp_path / "site" / "model.pt")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path / "site")
+    handler.log_message = lambda *_: None
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/model.pt"
+    first = weights.read_tensors(url)
+    refused("lfm-dit", url.replace("model", "absent"), "download failed")
+    server.shutdown()
+    server.server_close()
+    again = weights.read_tensors(url)
+    assert first.sha256 == again.sha256 == weights.read_tensors(tmp_path / "site/model.pt").sha256
+    assert [p.name for p in (tmp_path / "cache").rglob("*.pt")] == ["model.pt"]

@@ -109,6 +109,8 @@ def forward_macs(
     a DiT, for the others the products of the traced program, exactly.
     """
     h, w, c = latent_shape
+    if getattr(model, "context_dim", 0) and not tokens[0]:
+        tokens = (1, model.context_dim)  # one token: what a context costs is told by the caller
     if isinstance(model, DiT) and not tokens[0]:
         return dit.forward_macs(model, latent_shape, in_channels)
     spatial = jnp.zeros((1, h, w, in_channels - c)) if in_channels > c else None
