@@ -158,7 +158,7 @@ def gradient_error():
 
     ours = convert.to_tensors(jax.jit(jax.grad(loss))(params), bindings)
     nchw = [torch.from_numpy(np.asarray(z).transpose(0, 3, 1, 2).copy()) for z in (x, target)]
-    out = network(nchw[0], torch.tensor(np.asarray(t)), torch.tensor(np.asarray(cond.label)))
+    out = network(nchw[0], torch.tensor(np.asarray(t)), torch.tensor(np.asarray(cond.label)).long())
     ((out - nchw[1]) ** 2).mean().backward()
     errors = []
     for name, parameter in network.named_parameters():

@@ -105,18 +105,19 @@ def test_sizes_of_the_published_networks(row):
 def test_taps_read_and_write_the_mid_block(name, params_of):
     model, params = small(name), params_of(name)
     x, t, cond = example(name)
-    plain = run(model, params, x, t, cond)
+    plain, hidden = run(model, params, x, t, cond, capture=("mid", "down_0", "up_1"))
     assert plain.shape == x.shape and plain.dtype == jnp.float32
-    v, hidden = run(model, params, x, t, cond, capture=("mid", "down_0", "up_1"))
-    np.testing.assert_allclose(v, plain, atol=1e-5)
     assert hidden["mid"].shape == (2, 4, 4, 64) and hidden["down_0"].shape == (2, 8, 8, 32)
-    put_back = run(model, params, x, t, cond, inject={"mid": Replace(hidden["mid"])})
-    np.testing.assert_allclose(put_back, plain, atol=1e-5)
-    moved = run(model, params, x, t, cond, inject={"mid": 1.0 + 0 * hidden["mid"]})
-    assert np.abs(moved - plain).max() > 1e-3
+
+    @jax.jit
+    def with_mid(params, value):
+        return model.apply({"params": params}, x, t, cond, inject={"mid": Replace(value)})
+
+    np.testing.assert_allclose(with_mid(params, hidden["mid"]), plain, atol=1e-5)
+    assert np.abs(with_mid(params, hidden["mid"] + 1) - plain).max() > 1e-3
 
 
-@pytest.mark.parametrize("name", ["adm", "unet_context", "ncsn++"])
+@pytest.mark.parametrize("name", ["adm", "unet_context"])
 def test_remat_and_bf16_change_no_parameter_and_little_else(name, params_of):
     params = params_of(name)
     x, t, cond = example(name)
@@ -253,7 +254,7 @@ def test_song_networks_against_pytorch(name):
         expected = network(
             torch.from_numpy(np.asarray(x).transpose(0, 3, 1, 2).copy()),
             torch.tensor(np.asarray(t)),
-            torch.tensor(np.asarray(label)),
+            torch.tensor(np.asarray(label)).long(),
         )
     expected = expected.numpy().transpose(0, 2, 3, 1)
     ours = run(model, params, x, t, Cond(label=label))
