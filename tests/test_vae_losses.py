@@ -68,7 +68,8 @@ def test_lpips_is_its_definition_in_torch(vgg, tmp_path):
         weight = torch.tensor(linear[f"lin{i}.model.1.weight"])
         expected = expected + ((a - b) ** 2 * weight).sum(1).mean((1, 2))
     np.testing.assert_allclose(jax.jit(vae.lpips(params))(x, y), expected.numpy(), rtol=1e-4)
-    assert float(jnp.abs(jax.jit(vae.lpips(params))(x, x)).max()) == 0
+    # Two fused evaluations of the same image may round differently.
+    assert float(jnp.abs(jax.jit(vae.lpips(params))(x, x)).max()) < 1e-12
 
 
 def test_lpips_names_what_is_wrong(vgg, tmp_path):
