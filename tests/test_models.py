@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_dit import noisy, run
+from test_dit import noisy, run, shapes_of
 
 from lfm_jax.errors import UserError
 from lfm_jax.models import Cond, Replace, count_params, create_model, forward_macs, init_params
@@ -42,8 +42,7 @@ def params_of():
 
     def make(name):
         if name not in kept:
-            key = jax.random.key(0)
-            kept[name] = noisy(init_params(small(name), key, (8, 8, 4), example(name)[2]))
+            kept[name] = noisy(shapes_of(small(name), (8, 8, 4), example(name)[2]))
         return kept[name]
 
     return make
@@ -117,7 +116,7 @@ def test_taps_read_and_write_the_mid_block(name, params_of):
     assert np.abs(with_mid(params, hidden["mid"] + 1) - plain).max() > 1e-3
 
 
-@pytest.mark.parametrize("name", ["adm", "unet_context"])
+@pytest.mark.parametrize("name", ["unet"])
 def test_remat_and_bf16_change_no_parameter_and_little_else(name, params_of):
     params = params_of(name)
     x, t, cond = example(name)
@@ -175,7 +174,7 @@ def test_context_tokens_steer(name, params_of):
 def test_labels_and_their_null(name):
     model = small(name, num_classes=10)
     x, t, _ = example(name)
-    params = noisy(init_params(model, jax.random.key(0), (8, 8, 4)))
+    params = noisy(shapes_of(model, (8, 8, 4)))
     one, two, null = (run(model, params, x, t, Cond(label=jnp.full(2, i))) for i in (1, 2, 10))
     assert np.abs(one - two).max() > 1e-4 and np.abs(one - null).max() > 1e-4
     np.testing.assert_array_equal(null, run(model, params, x, t))
@@ -197,7 +196,7 @@ def test_spatial_condition_and_any_sides(params_of):
     x, t = jax.random.normal(jax.random.key(1), (2, 8, 16, 4)), jnp.array([0.3, 0.6])
     for name in ("adm", "unet", "ncsn++", "ddpm"):
         model = small(name)
-        params = noisy(init_params(model, jax.random.key(0), (8, 16, 4), cond))
+        params = noisy(shapes_of(model, (8, 16, 4), cond))
         assert params["conv_in"]["kernel"].shape[2] == 9
         assert run(model, params, x, t, cond).shape == x.shape
         with pytest.raises(UserError, match="7x8"):
