@@ -37,6 +37,7 @@ from lfm_jax.evaluate.samples import check_images
 from lfm_jax.evaluate.statistics import FeatureStatistics
 from lfm_jax.features.dino import dino_pipeline
 from lfm_jax.features.inception import PIPELINES, inception_pipeline
+from lfm_jax.writers import write_bytes
 
 FORMATS = ("lfm_jax", "adm", "moments", "meanflow", "edm2", "features")
 ACCEPTED = (
@@ -324,8 +325,4 @@ def write_reference(
             record = {k: getattr(reference, k) for k in ("pipeline", "count", "provenance")}
             arrays["lfm_jax"] = np.array(json.dumps(record))
         np.savez(buffer, **arrays)
-    path = epath.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.parent / f".{path.name}.partial"
-    partial.write_bytes(buffer.getvalue())
-    partial.replace(path)
+    write_bytes(path, buffer.getvalue())

@@ -17,6 +17,7 @@ from typing import Any
 from etils import epath
 
 from lfm_jax.errors import UserError
+from lfm_jax.writers import write_bytes
 
 # Okabe and Ito's colours: told apart with any colour vision, on light and dark ground.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a7700", "#7f7f7f")
@@ -73,12 +74,7 @@ def write_compare(
     path: str | os.PathLike, runs: Sequence[RunSummary], *, title: str = "Runs compared"
 ) -> None:
     """Write `compare_html` to `path`, all or nothing; `UserError` without runs."""
-    path = epath.Path(path)
-    page = compare_html(runs, title=title)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.parent / f".{path.name}.partial"
-    partial.write_text(page)
-    partial.replace(path)
+    write_bytes(path, compare_html(runs, title=title).encode())
 
 
 def compare_html(runs: Sequence[RunSummary], *, title: str = "Runs compared") -> str:

@@ -28,6 +28,7 @@ from jaxtyping import Array, Float, Num
 
 from lfm_jax.errors import UserError
 from lfm_jax.features.resize import center_crop, resize
+from lfm_jax.writers import write_bytes
 
 
 @flax.struct.dataclass
@@ -123,13 +124,9 @@ def _flatten(params) -> dict[str, np.ndarray]:
 
 def write_params(path: str | os.PathLike, params, metadata: dict) -> None:
     """Write `params` to a safetensors file, `metadata` (JSON) in its header, all or nothing."""
-    path = epath.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {k: jnp.asarray(v) for k, v in _flatten(params).items()}
     data = safetensors.flax.save(tensors, metadata={"lfm_jax": json.dumps(metadata)})
-    partial = path.parent / f".{path.name}.partial"
-    partial.write_bytes(data)
-    partial.replace(path)
+    write_bytes(path, data)
 
 
 def read_params(path: str | os.PathLike) -> tuple[dict, dict]:
