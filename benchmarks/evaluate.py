@@ -48,12 +48,12 @@ def relative(ours, theirs) -> float:
 
 def parity() -> None:
     """Networks and resize rules against the libraries that define them."""
-    oracles.stub_torchvision()
     import torch
     from PIL import Image
-    from torch_fidelity.interpolate_compat_tensorflow import (
-        interpolate_bilinear_2d_like_tensorflow1x as tf1,
-    )
+
+    tf1 = oracles.torch_fidelity(
+        "interpolate_compat_tensorflow"
+    ).interpolate_bilinear_2d_like_tensorflow1x
 
     network, tensors = oracles.torch_inception()
     extractor = make_inception(params_from_torch(tensors))
@@ -105,7 +105,9 @@ def parity() -> None:
     rng = np.random.default_rng(0)
     mixing = rng.normal(size=(256, 256)) / 16
     real, fake = (rng.normal(size=(3000, 256)) @ mixing + shift for shift in (0.0, 0.1))
-    from torch_fidelity import metric_fid, metric_isc, metric_kid, metric_prc
+    metric_fid, metric_isc, metric_kid, metric_prc = (
+        oracles.torch_fidelity(f"metric_{name}") for name in ("fid", "isc", "kid", "prc")
+    )
 
     moments = [(x.mean(0), np.cov(x.T)) for x in (real, fake)]
     ours = evaluate.frechet_distance(*moments[0], *moments[1])

@@ -1,38 +1,34 @@
 """Other people's networks with random weights, to hold ours against."""
 
-import importlib.machinery
+import importlib
 import sys
 import types
 from unittest import mock
 
 import numpy as np
+import pytest
 
 
-def stub_torchvision() -> None:
-    """Let torch-fidelity's modules import where torchvision is not installed: they need it for
-    downloads and data sets alone.
+def torch_fidelity(name: str) -> types.ModuleType:
+    """`torch_fidelity.<name>`, imported where torchvision is not installed: it is needed there for
+    downloads and data sets alone. The stand-in is gone afterwards, or Transformers would take it
+    for the real one.
     """
-    if "torchvision" in sys.modules:
-        return
-    for name in (
-        "torchvision",
-        "torchvision.datasets",
-        "torchvision.models",
-        "torchvision.transforms",
-        "torchvision.transforms.functional",
-    ):
-        module = types.ModuleType(name)
-        # Transformers asks importlib for torchvision, and a module without a spec raises.
-        module.__spec__ = importlib.machinery.ModuleSpec(name, None)
-        module.__getattr__ = lambda attribute: mock.MagicMock(name=attribute)
-        sys.modules[name] = module
+    parts = ("", ".datasets", ".models", ".transforms", ".transforms.functional")
+    stubs = {f"torchvision{part}": types.ModuleType(f"torchvision{part}") for part in parts}
+    for stub in stubs.values():
+        stub.__getattr__ = lambda attribute: mock.MagicMock(name=attribute)
+    with pytest.MonkeyPatch.context() as patch:
+        for key, stub in stubs.items():
+            patch.setitem(sys.modules, key, stub)
+        return importlib.import_module(f"torch_fidelity.{name}")
 
 
 def torch_inception(seed: int = 0, features=("2048", "logits_unbiased")):
     """torch-fidelity's Inception with random weights of realistic scale, on `features`."""
-    stub_torchvision()
     import torch
-    from torch_fidelity import feature_extractor_inceptionv3 as module
+
+    module = torch_fidelity("feature_extractor_inceptionv3")
 
     cls = module.FeatureExtractorInceptionV3
     with (

@@ -11,7 +11,7 @@ import scipy.linalg
 import sklearn.datasets
 import sklearn.metrics.pairwise
 import sklearn.neighbors
-from oracles import stub_torchvision
+from oracles import torch_fidelity
 
 from lfm_jax import evaluate
 from lfm_jax.errors import UserError
@@ -44,8 +44,7 @@ def test_frechet_distance_of_gaussians_is_the_closed_form():
 
 
 def test_frechet_distance_equals_scipy_and_torch_fidelity(digits):
-    stub_torchvision()
-    from torch_fidelity import metric_fid
+    metric_fid = torch_fidelity("metric_fid")
 
     # Constant pixels make both covariances singular, where scipy's root of the product may fail.
     varying = [i for i in range(64) if min(d[:, i].std() for d in digits) > 0.5]
@@ -93,9 +92,8 @@ def test_statistics_merge_to_those_of_the_whole(digits):
 
 
 def test_kid_equals_torch_fidelity_and_scikit_learn(digits):
-    stub_torchvision()
     torch = pytest.importorskip("torch")
-    from torch_fidelity import metric_kid
+    metric_kid = torch_fidelity("metric_kid")
 
     real, fake = digits
     mean, deviation = evaluate.kid(real, fake, subsets=8, subset_size=300)
@@ -124,9 +122,8 @@ def test_kid_equals_torch_fidelity_and_scikit_learn(digits):
 
 
 def test_inception_score_equals_torch_fidelity_and_its_bounds():
-    stub_torchvision()
     torch = pytest.importorskip("torch")
-    from torch_fidelity import metric_isc
+    metric_isc = torch_fidelity("metric_isc")
 
     logits = np.random.default_rng(0).normal(size=(1003, 20)).astype(np.float32) * 3
     theirs = metric_isc.isc_features_to_metric(torch.from_numpy(logits))
@@ -141,9 +138,8 @@ def test_inception_score_equals_torch_fidelity_and_its_bounds():
 
 
 def test_precision_and_recall_equal_torch_fidelity_with_the_roles_right(digits):
-    stub_torchvision()
     torch = pytest.importorskip("torch")
-    from torch_fidelity import metric_prc
+    metric_prc = torch_fidelity("metric_prc")
 
     real = digits[0]
     fake = np.concatenate([digits[1][:300], digits[1][:200] * 1.7 + 3])

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from oracles import photographs, randomize, stub_torchvision, torch_inception
+from oracles import photographs, randomize, torch_inception
 
 from lfm_jax.errors import UserError
 from lfm_jax.features import Extractor, open_extractor, weights
@@ -99,7 +99,6 @@ def test_a_torch_file_that_needs_code_is_refused(tmp_path):
 
 
 def _clip_pair(**sizes):
-    stub_torchvision()
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     torch.manual_seed(0)
@@ -138,7 +137,6 @@ def test_clip_vit_b_32_equals_transformers():
 
 
 def _check_dino(**sizes):
-    stub_torchvision()
     from transformers import Dinov2Config, Dinov2Model
 
     torch.manual_seed(0)

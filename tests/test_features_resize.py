@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from oracles import photographs, stub_torchvision
+from oracles import photographs, torch_fidelity
 from PIL import Image
 
 from lfm_jax.errors import UserError
@@ -27,10 +27,7 @@ def as_numpy(tensor):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_tf1_is_torch_fidelity(size):
-    stub_torchvision()
-    from torch_fidelity.interpolate_compat_tensorflow import (
-        interpolate_bilinear_2d_like_tensorflow1x as tf1,
-    )
+    tf1 = torch_fidelity("interpolate_compat_tensorflow").interpolate_bilinear_2d_like_tensorflow1x
 
     pixels = photographs(size)[0]
     expected = as_numpy(tf1(as_torch(pixels), size=(299, 299), align_corners=False))
