@@ -20,7 +20,7 @@ from lfm_jax.data.source import ImageSource, encoded_source, hashed
 from lfm_jax.errors import UserError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-_SPLIT_FOLDERS = {
+SPLIT_FOLDERS = {
     "train": ("train", "training"),
     "test": ("test", "val", "validation", "valid"),
     "validation": ("validation", "val", "valid", "test"),
@@ -118,20 +118,19 @@ def _open_files(
         labels,
         classes,
         hashed(listing, contents, labels, preprocess.spec()),
+        tuple(names),
     )
 
 
 def _split_prefix(inside: list[str], split: str, path: str) -> str:
-    if split not in _SPLIT_FOLDERS:
-        raise UserError(f"split {split!r}: expected one of {', '.join(_SPLIT_FOLDERS)}")
-    for name in _SPLIT_FOLDERS[split]:
+    if split not in SPLIT_FOLDERS:
+        raise UserError(f"split {split!r}: expected one of {', '.join(SPLIT_FOLDERS)}")
+    for name in SPLIT_FOLDERS[split]:
         if name in inside:
             return name
-    if split == "train" and not any(
-        n in inside for names in _SPLIT_FOLDERS.values() for n in names
-    ):
+    if split == "train" and not any(n in inside for names in SPLIT_FOLDERS.values() for n in names):
         return ""
-    expected = " or ".join(_SPLIT_FOLDERS[split])
+    expected = " or ".join(SPLIT_FOLDERS[split])
     raise UserError(f"{path}: has no {split!r} split; expected a subfolder {expected}")
 
 

@@ -8,6 +8,8 @@
 | ``zip`` | the same inside a zip file | subfolders |
 | ``lmdb`` | NVAE's raw bytes, or torchvision's LSUN | train, validation |
 | ``tfds:<name>`` | TFDS data folder, prepared as ArrayRecord | as prepared |
+| ``celebamask`` | CelebAMask-HQ's root | train, test |
+| ``digit_canvases`` | unused: scikit-learn's digits, several a canvas | train, test |
 | ``synthetic`` | unused: coloured gratings, for smoke runs | train, test |
 """
 
@@ -16,16 +18,28 @@ from pathlib import Path
 
 import numpy as np
 
+from lfm_jax.data.celebamask import open_celebamask
 from lfm_jax.data.download import FASHION_MNIST_FOLDER, download_fashion_mnist
 from lfm_jax.data.folder import open_folder, open_zip
 from lfm_jax.data.idx import open_idx
+from lfm_jax.data.layouts import open_digit_canvases
 from lfm_jax.data.lmdb_images import open_lmdb
 from lfm_jax.data.pixels import MAX_PIXELS, Preprocess
 from lfm_jax.data.source import ImageSource, array_source, check_labels, hashed
 from lfm_jax.data.tfds_images import open_tfds
 from lfm_jax.errors import UserError
 
-SOURCES = ("digits", "idx", "folder", "zip", "lmdb", "tfds:<name>", "synthetic")
+SOURCES = (
+    "digits",
+    "idx",
+    "folder",
+    "zip",
+    "lmdb",
+    "tfds:<name>",
+    "celebamask",
+    "digit_canvases",
+    "synthetic",
+)
 _SYNTHETIC = 1024  # images when no limit is given
 
 
@@ -67,7 +81,7 @@ def open_images(
         raise UserError(f"data.source={source!r}: expected one of {', '.join(SOURCES)}")
     if limit < 0:
         raise UserError(f"data.limit={limit}: expected a number of images, or 0 for all")
-    if kind in ("idx", "folder", "zip", "lmdb") and not path:
+    if kind in ("idx", "folder", "zip", "lmdb", "celebamask") and not path:
         raise UserError(f"data.path is unset: source {source!r} needs a folder or file")
     preprocess = Preprocess(
         image_size=image_size,
@@ -90,6 +104,12 @@ def open_images(
         opened = open_lmdb(path, limit=limit, **options)
     elif kind == "tfds":
         opened = open_tfds(dataset, path=path, **options)
+    elif kind == "celebamask":
+        opened = open_celebamask(path, **options)
+    elif kind == "digit_canvases":
+        opened = open_digit_canvases(
+            split=split, image_size=image_size, channels=channels, limit=limit
+        )
     else:
         opened = _open_synthetic(num_classes, limit or _SYNTHETIC, **options)
     if limit and limit < len(opened):
@@ -112,6 +132,7 @@ def _first(source: ImageSource, limit: int) -> ImageSource:
         source,
         size=limit,
         labels=None if source.labels is None else source.labels[:limit],
+        files=source.files[:limit],
         fingerprint=hashed(source.fingerprint, f"first {limit}"),
     )
 

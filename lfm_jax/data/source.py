@@ -25,6 +25,7 @@ class ImageSource:
         fingerprint: sha256 hex of the content and of the preprocessing. Folders of files hash all
             names and sizes and a sample of the contents, so that a million files open quickly.
         read: ``indices [n] -> (uint8 [n, H, W, C], int32 [n])``; callable from several threads.
+        files: one file name an image where images are files, to pair them with others.
     """
 
     name: str
@@ -33,6 +34,7 @@ class ImageSource:
     class_names: tuple[str, ...]
     fingerprint: str
     read: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+    files: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return self.size
@@ -99,6 +101,7 @@ def encoded_source(
     labels: Integer[np.ndarray, " n"],
     class_names: tuple[str, ...],
     fingerprint: str,
+    files: tuple[str, ...] = (),
 ) -> ImageSource:
     """A source whose images are decoded one by one when they are asked for."""
     labels = labels.astype(np.int32)
@@ -112,6 +115,7 @@ def encoded_source(
             stack([read_one(int(index)) for index in indices], name),
             labels[indices],
         ),
+        files=files,
     )
 
 
