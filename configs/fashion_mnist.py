@@ -26,14 +26,18 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data.image_size = 32
     config.data.channels = 1
     config.data.num_classes = 10
+    config.data.class_names = (
+        "T-shirt", "trouser", "pullover", "dress", "coat",
+        "sandal", "shirt", "sneaker", "bag", "ankle boot",
+    )  # fmt: skip
 
     config.autoencoder.block_out_channels = (16, 32, 64)  # 32x32x1 -> 8x8x4
     config.autoencoder.latent_channels = 4
     config.autoencoder.norm_groups = 8
-    config.autoencoder.steps = 1500
+    config.autoencoder.steps = 2500
     config.autoencoder.batch_size = 64
     config.autoencoder.learning_rate = 2e-3
-    config.autoencoder.kl_weight = 1e-3
+    config.autoencoder.kl_weight = 2e-4
 
     config.model.hidden = 192
     config.model.depth = 8

@@ -31,6 +31,9 @@ def default_config() -> ConfigDict:
     config.data.image_size = 8  # side in pixels after crop, resize or padding
     config.data.channels = 1  # 1 gray, 3 RGB
     config.data.num_classes = 10  # 0: unconditional; the null label of guidance comes on top
+    config.data.class_names = ()  # shown instead of the source's own, e.g. digits where it has none
+    config.data.fit = placeholder(str)  # crop | pad; unset: pad for digits and idx, else ADM's crop
+    config.data.labels = placeholder(str)  # folder, zip: CSV file of `file,label` rows
     config.data.limit = 0  # first N images only; 0: all (LFM trained LSUN on the first 120,000)
 
     # ---- autoencoder: pixels <-> latents (vae/)
@@ -64,24 +67,36 @@ def default_config() -> ConfigDict:
     config.model = ConfigDict()
     config.model.name = "DiT"  # DiT, or a published size such as DiT-B/2 (models.create_model)
     config.model.dtype = "float32"  # activations: float32 | bfloat16; parameters stay float32
-    # Fields of the named network; unset ones keep the network's own default, and a field that the
-    # network does not have is refused.
-    config.model.hidden = placeholder(int)  # width
-    config.model.depth = placeholder(int)  # blocks
+    # Fields of the named network. Unset ones are those of the weights that the workdir was
+    # converted from or that `init` names, else the network's own default. A field that the network
+    # does not have is refused.
+    config.model.hidden = placeholder(int)  # DiT: width
+    config.model.depth = placeholder(int)  # DiT: blocks
     config.model.heads = placeholder(int)
-    config.model.patch = placeholder(int)  # latent pixels along a token's side
+    config.model.patch = placeholder(int)  # DiT: latent pixels along a token's side
+    config.model.mlp_ratio = placeholder(float)  # DiT: width of the MLP over the block's
     config.model.channels = placeholder(int)  # U-Nets: width of the first level
-    config.model.mult = placeholder(tuple)  # U-Nets: width of each level over the first's
+    config.model.mult = placeholder(tuple)  # U-Nets: width of each level over `channels`
     config.model.blocks = placeholder(int)  # U-Nets: residual blocks a level
     config.model.attention_resolutions = placeholder(tuple)  # U-Nets: sides of maps with attention
     config.model.attention_reading = placeholder(str)  # unet: resolution | factor (published code)
     config.model.head_channels = placeholder(int)  # U-Nets: channels a head, in place of heads
+    config.model.scale_shift = placeholder(bool)  # unet: steer by scale and shift, not by a sum
+    config.model.resblock_updown = placeholder(bool)  # unet: resample inside residual blocks
     config.model.dropout = placeholder(float)  # U-Nets
+    config.model.embedding = placeholder(str)  # ddpm++, ncsn++: positional | fourier
+    config.model.encoder = placeholder(str)  # ddpm++, ncsn++: standard | residual
+    config.model.filter_taps = placeholder(tuple)  # ddpm++, ncsn++: of the resampling filter
+    config.model.noise_mult = placeholder(int)  # ddpm++, ncsn++: width of the time embedding
     config.model.context_dim = placeholder(int)  # width of context tokens for cross-attention
+    config.model.transformer_depth = placeholder(int)  # unet_context: blocks an attention
+    config.model.out_channels = placeholder(int)  # of the velocity; unset: those of the latents
+    config.model.null_row = placeholder(bool)  # DiT: a label table of the null row alone (LFM)
     config.model.convention = placeholder(str)  # flow | what an imported network predicts
     config.model.time_scale = placeholder(float)  # t times this enters the sinusoids; LFM: 1
+    config.model.time_endpoint = placeholder(bool)  # DiT: diffusers' reading of the frequencies
     config.model.remat = placeholder(str)  # recomputation of activations in the backward pass
-    config.model.scan_blocks = placeholder(bool)  # one compiled block for all: ~10x faster compile
+    config.model.scan_blocks = placeholder(bool)  # DiT: compile one block for all, ~10x faster
     config.model.attention = placeholder(str)  # auto | xla | cudnn
 
     # ---- training of the velocity network (jobs/train.py)
@@ -152,7 +167,8 @@ def default_config() -> ConfigDict:
     # ---- weights of other projects in (jobs/convert.py), releases out (jobs/export.py)
     config.convert = ConfigDict()
     config.convert.family = "lfm-dit"  # whose file; a name of weights.FAMILIES
-    config.convert.file = placeholder(str)  # path or URL
+    config.convert.file = placeholder(str)  # path or URL (kept in the user's cache)
+    config.convert.sha256 = placeholder(str)  # checksum that the file must have; unset: not checked
     config.convert.weights = "auto"  # ema | raw | auto (ema where the file has it)
     config.export = ConfigDict()
     config.export.ema = True  # release the averaged weights

@@ -37,6 +37,7 @@ _RULES: dict[str, Rule] = {
     "data.channels": (lambda v: v in (1, 3), "1 (gray) or 3 (RGB)"),
     "data.num_classes": _at_least(0),
     "data.limit": _at_least(0),
+    "data.fit": _one_of("crop", "pad"),
     "autoencoder.kind": _one_of("train", "pretrained", "identity"),
     "autoencoder.layers_per_block": _at_least(1),
     "autoencoder.latent_channels": _at_least(1),

@@ -3,6 +3,7 @@
 Every job that needs one of them gets it here, so that two jobs cannot build different ones.
 """
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -29,9 +30,18 @@ def images(config: ConfigDict, split: str) -> ImageSource:
         image_size=data.image_size,
         channels=data.channels,
         num_classes=data.num_classes,
+        fit=data.fit or "",
+        labels=data.labels or "",
         limit=data.limit,
     )
-    return source
+    if not data.class_names:
+        return source
+    if len(data.class_names) != source.num_classes:
+        raise UserError(
+            f"--config.data.class_names={tuple(data.class_names)}: {len(data.class_names)} names; "
+            f"expected one for each of the {source.num_classes} classes of {source.name}"
+        )
+    return dataclasses.replace(source, class_names=tuple(data.class_names))
 
 
 def autoencoder(config: ConfigDict) -> AutoencoderKL:
