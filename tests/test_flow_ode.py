@@ -9,7 +9,15 @@ import pytest
 from flow_cases import Calls, Counting, Gaussian, Tangent
 
 from lfm_jax.errors import UserError
-from lfm_jax.flow import GRIDS, SOLVERS, describe_failure, make_grid, sample, trajectory
+from lfm_jax.flow import (
+    GRIDS,
+    SOLVERS,
+    describe_failure,
+    invert,
+    make_grid,
+    sample,
+    trajectory,
+)
 
 # Fine enough for the leading error to lead, coarse enough to stay above rounding.
 ORDER_STEPS = {1: (64, 128), 2: (128, 256), 3: (32, 64), 4: (32, 64), 5: (20, 40), 8: (10, 20)}
@@ -102,6 +110,27 @@ def test_per_sample_error_control_does_not_see_the_batch():
     assert int(stats["nfe"][0]) == int(own["nfe"][0])
     joint, _ = sample(GAUSSIAN, noise, error_norm="batch", **options)
     assert float(jnp.abs(joint[:1] - alone).max()) > 0  # the option for parity does see it
+
+
+def test_first_step_follows_the_velocity_and_not_the_direction_of_time():
+    def steps(std):
+        velocity = Gaussian(mean=jnp.asarray(0.3), std=jnp.asarray(std))
+        options = {"solver": "dopri5", "rtol": 1e-3, "atol": 1e-3}
+        return [int(f(velocity, NOISE, **options)[1]["steps"].max()) for f in (sample, invert)]
+
+    # From a first step of 0.01, ten times longer each time, even a straight flow took three.
+    assert max(steps(1.0)) <= 3 < max(steps(0.02))
+
+
+def test_gradient_through_an_adaptive_solve_is_finite_and_right():
+    def end(std, differentiable):
+        velocity = Gaussian(mean=jnp.asarray(0.3), std=std)
+        x, _ = sample(velocity, NOISE, solver="bosh3", rtol=1e-4, differentiable=differentiable)
+        return jnp.mean(x**2)
+
+    std, h = jnp.asarray(0.5), 2e-2
+    difference = (end(std + h, False) - end(std - h, False)) / (2 * h)
+    assert float(jax.grad(end)(std, True)) == pytest.approx(float(difference), rel=2e-2)
 
 
 def test_other_parameters_do_not_compile_again():

@@ -2,8 +2,13 @@
 
 A flow is invertible: the same ODE integrated upwards takes a latent to its noise (or to any time on
 the way), and downwards back. Differences of the round trip are the solver's alone.
+
+A time can be reached in three ways, and a linear boundary need not be the same for all: data taken
+up by the ODE (`invert`, `invert_through`), data with fresh noise (`noised`), noise taken down
+(`sample_through`).
 """
 
+import itertools
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -11,11 +16,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
+from lfm_jax import rng
 from lfm_jax.errors import UserError
 from lfm_jax.flow.grids import make_grid
-from lfm_jax.flow.ode import solve_adaptive, solve_fixed
+from lfm_jax.flow.ode import solve_adaptive, solve_fixed, solve_through
+from lfm_jax.flow.path import interpolate
 from lfm_jax.flow.sampler import (
     ERROR_NORMS,
     check_interval,
@@ -61,7 +68,7 @@ def invert(
     else:
         times = make_grid(grid, num_steps, t_max=top)[::-1]
         x, stats = _fixed(velocity, x0, times=tuple(times.tolist()), solver=chosen)
-    return x, counts(stats, chosen, velocity)
+    return x, counts(stats, chosen, velocity, adaptive=adaptive)
 
 
 @partial(jax.jit, static_argnames=("times", "solver"))
@@ -72,6 +79,82 @@ def _fixed(velocity, x0, *, times, solver):
 @partial(jax.jit, static_argnames=("stop", "solver", "rtol", "atol", "error_norm"))
 def _adaptive(velocity, x0, *, stop, solver, **settings):
     return solve_adaptive(velocity, x0, 0.0, stop, solver, **settings)
+
+
+def invert_through(
+    velocity: Any,
+    x0: Float[Array, "b ..."],
+    times: Sequence[float],
+    *,
+    solver: str = "midpoint",
+    num_steps: int = 50,
+) -> Float[Array, "k b ..."]:
+    """The states at each of the rising `times` whose flow ends in `x0`, in one solve.
+
+    `num_steps` is spread over the way up to the last time, at least one step between two times.
+
+    Raises:
+        UserError: times that do not rise within (0, velocity.t_max], and what `invert` raises.
+    """
+    _check_rising(times, velocity.t_max)
+    chosen = get_solver(solver, upward=True)
+    grid, stops = _grid_through((0.0, *times), num_steps)
+    return _through(velocity, x0, grid, stops, chosen)
+
+
+def sample_through(
+    velocity: Any,
+    noise: Float[Array, "b ..."],
+    times: Sequence[float],
+    *,
+    solver: str = "midpoint",
+    num_steps: int = 50,
+) -> Float[Array, "k b ..."]:
+    """The states at each of the rising `times` on the way from `noise` to data, in one solve.
+
+    Raises:
+        UserError: as `invert_through`.
+    """
+    _check_rising(times, velocity.t_max)
+    chosen = get_solver(solver)
+    top = velocity.t_max
+    falling = tuple(t for t in times[::-1] if t < top)
+    states = noise[None]
+    if falling:
+        grid, stops = _grid_through((top, *falling), num_steps)
+        states = jnp.concatenate([states, _through(velocity, noise, grid, stops, chosen)])
+    return states[::-1][: len(times)]
+
+
+def noised(x0: Float[Array, "b ..."], keys: Key[Array, " b"], *, t: float) -> Float[Array, "b ..."]:
+    """`x0` at time `t` by fresh noise, row i from ``keys[i]``: a draw from the flow's marginal."""
+    noise = rng.normal(keys, x0.shape[1:])
+    return interpolate(x0, noise, jnp.full(x0.shape[:1], t, x0.dtype))
+
+
+def _check_rising(times: Sequence[float], t_max: float) -> None:
+    rising = [0.0, *times]
+    if len(rising) < 2 or not np.all(np.diff(rising) > 0) or times[-1] > t_max:
+        raise UserError(f"times: {tuple(times)} must rise within (0, {t_max:g}]")
+
+
+def _grid_through(ends: Sequence[float], num_steps: int) -> tuple[tuple, tuple]:
+    """Times from the first of `ends` through all others, and where the others lie in it."""
+    if num_steps < 1:
+        raise UserError(f"num_steps: {num_steps} is below 1")
+    whole = abs(ends[-1] - ends[0])
+    grid, stops = [ends[0]], []
+    for start, stop in itertools.pairwise(ends):
+        count = max(1, round(num_steps * abs(stop - start) / whole))
+        grid.extend(np.linspace(start, stop, count + 1)[1:].tolist())
+        stops.append(len(grid) - 1)
+    return tuple(grid), tuple(stops)
+
+
+@partial(jax.jit, static_argnames=("times", "stops", "solver"))
+def _through(velocity, x, times, stops, solver):
+    times = np.asarray(times, jnp.result_type(float))
+    return solve_through(velocity, x, times, stops, solver)
 
 
 def reconstruction_errors(

@@ -70,7 +70,7 @@ def log_likelihood(
     squared = jnp.sum(jnp.square(x1), axis=tuple(range(1, x1.ndim)))
     log_p = -0.5 * (squared + dims * np.log(2 * np.pi)) + change
     return log_p, {
-        "nfe": chosen.nfe(stats.steps),
+        "nfe": chosen.nfe(stats.steps, adaptive=adaptive),
         "noise": x1,
         "finite": stats.finite,
         "failed_t": stats.failed_t,

@@ -92,12 +92,12 @@ def sample(
             solver=chosen,
             differentiable=differentiable,
         )
-    return x, counts(stats, chosen, velocity)
+    return x, counts(stats, chosen, velocity, adaptive=adaptive)
 
 
-def counts(stats: Stats, solver: Solver, velocity: Any) -> dict[str, Array]:
+def counts(stats: Stats, solver: Solver, velocity: Any, *, adaptive: bool) -> dict[str, Array]:
     """The public figures of a solve, as `sample` returns them."""
-    nfe = solver.nfe(stats.steps)
+    nfe = solver.nfe(stats.steps, adaptive=adaptive)
     return {
         "nfe": nfe,
         "network_calls": velocity.network_calls * jnp.max(nfe),

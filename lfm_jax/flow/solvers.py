@@ -36,8 +36,8 @@ class Solver:
         make: builds the diffrax solver.
         order: of convergence of a fixed-step solve.
         evaluations: new velocity evaluations a step.
-        first: evaluations that only the first step makes (1 where the last stage of a step is
-            reused as the first of the next).
+        first: evaluations that only the first fixed step makes (1 where the last stage of a step
+            is reused as the first of the next).
         adaptive: whether it estimates its error.
         downward_only: whether it needs falling times.
     """
@@ -49,9 +49,11 @@ class Solver:
     adaptive: bool = True
     downward_only: bool = False
 
-    def nfe(self, steps):
-        """Velocity evaluations of `steps` attempted steps."""
-        return self.evaluations * steps + self.first
+    def nfe(self, steps, *, adaptive: bool = False):
+        """Velocity evaluations of `steps` attempted steps; an adaptive solve makes two before them
+        to find the length of the first, one of which is the slope that ``first`` counts.
+        """
+        return self.evaluations * steps + (2 if adaptive else self.first)
 
 
 SOLVERS: dict[str, Solver] = {
