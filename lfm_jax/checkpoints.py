@@ -2,26 +2,53 @@
 
 A step folder holds three items: ``state`` (arrays, sharded as they were), ``data`` (JSON: where the
 data stream stands) and ``config`` (JSON). Saves are asynchronous and become visible when whole.
+
+Storage damages what it keeps, and compressed arrays with a flipped bit often still decode. So the
+``data`` item carries a sum of every array, taken on the devices before the save and compared after
+a restore, on whatever devices that is: over the elements' bits b_i as integers,
+
+    sum_i b_i w_i  mod 2^32,   w_i = i 2654435761 mod 2^32 with its lowest bit set
+
+Integers add up to the same in any order and sharding, and odd weights let no single flipped bit
+through. The newest checkpoint that passes is used; newer ones are set aside, never deleted.
 """
 
 import hashlib
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
 from etils import epath
+from jax.experimental import multihost_utils
 
-from lfm_jax.errors import UserError
+from lfm_jax import sharding
+from lfm_jax.errors import Failed, UserError
 
 STATE, DATA, CONFIG = "state", "data", "config"
+_SUMS, _SEAL = "sums", "sha256"
+_FACTOR = 2654435761
+_WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32}
+
+
+class Damaged(UserError):
+    """A checkpoint that is not what was saved."""
 
 
 @contextmanager
 def open_manager(
-    folder: epath.PathLike, *, save_every: int = 1, keep: int = 2
+    folder: epath.PathLike,
+    *,
+    save_every: int = 1,
+    keep: int = 2,
+    keep_every: int = 0,
+    keep_best: int = 0,
+    metric: str = "loss",
 ) -> Iterator[ocp.CheckpointManager]:
     """A manager of the step folders under `folder`; pending saves are finished on leaving.
 
@@ -29,8 +56,20 @@ def open_manager(
         folder: created on the first save.
         save_every: `save` keeps every such step; forced saves always.
         keep: newest steps kept.
+        keep_every: steps that it divides are kept for ever; 0: none.
+        keep_best: steps of smallest `metric` kept; 0: none.
+
+    Raises:
+        Failed: a save that was still under way did not succeed.
     """
     policy = ocp.checkpoint_managers
+    kept: list[Any] = [policy.LatestN(keep)]
+    if keep_every:
+        kept.append(policy.EveryNSteps(keep_every))
+    if keep_best:
+        by_metric = {"get_metric_fn": lambda metrics: metrics[metric], "reverse": True}
+        # A step without the metric is none of the best; by age it may still stay.
+        kept.append(policy.BestN(n=keep_best, keep_checkpoints_without_metrics=False, **by_metric))
     options = ocp.CheckpointManagerOptions(
         save_decision_policy=policy.AnySavePolicy(
             [
@@ -38,7 +77,9 @@ def open_manager(
                 policy.PreemptionCheckpointingPolicy(),
             ]
         ),
-        preservation_policy=policy.LatestN(keep),
+        preservation_policy=policy.AnyPreservationPolicy(kept),
+        # orbax writes a step's metrics only for this older option; the policy above decides.
+        best_fn=(lambda metrics: metrics[metric]) if keep_best else None,
         cleanup_tmp_directories=True,
     )
     handlers = _handlers(ocp.StandardCheckpointHandler())
@@ -47,14 +88,23 @@ def open_manager(
     )
     try:
         yield manager
-        manager.wait_until_finished()
-        manager.check_for_errors()
-    finally:
-        manager.close()
+        with _saving(manager):
+            manager.wait_until_finished()
+            manager.check_for_errors()
+    except BaseException:
+        try:
+            manager.close()
+        except Exception as error:  # what ended the run is the news, not what followed from it
+            logging.warning("%s: %s", manager.directory, _reason(error))
+        raise
+    manager.close()
 
 
 def _handlers(state: ocp.CheckpointHandler) -> dict[str, ocp.CheckpointHandler]:
     return {STATE: state, DATA: ocp.JsonCheckpointHandler(), CONFIG: ocp.JsonCheckpointHandler()}
+
+
+# ---- saving
 
 
 def save(
@@ -65,25 +115,116 @@ def save(
     data: dict,
     config: dict,
     force: bool = False,
+    metrics: dict[str, float] | None = None,
 ) -> bool:
-    """Start an asynchronous save if the policy (or `force`) wants this step; errors of an earlier
-    save surface here."""
-    manager.check_for_errors()
-    if step in manager.all_steps():
+    """Start an asynchronous save if the policy (or `force`) wants this step.
+
+    Raises:
+        Failed: this save cannot begin, or an earlier one did not succeed (a full disk).
+    """
+    check(manager)
+    if step in manager.all_steps() or not (force or manager.should_save(step)):
         return False
     items = ocp.args.Composite(
         **{
             STATE: ocp.args.StandardSave(state),
-            DATA: ocp.args.JsonSave(data),
+            DATA: ocp.args.JsonSave(_sealed({**data, _SUMS: _sums(state)})),
             CONFIG: ocp.args.JsonSave(config),
         }
     )
-    return manager.save(step, args=items, force=force)
+    with _saving(manager):
+        return manager.save(step, args=items, force=True, metrics=metrics)
 
 
-def restore(manager: ocp.CheckpointManager, target: Any, step: int | None = None) -> Any:
-    """The state of a step (default: the newest) in the shardings and dtypes of `target`."""
+def check(manager: ocp.CheckpointManager) -> None:
+    """Raise `Failed` if an asynchronous save has failed; costs nothing."""
+    with _saving(manager):
+        manager.check_for_errors()
+
+
+@contextmanager
+def _saving(manager: ocp.CheckpointManager) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # orbax passes on whatever the storage below it raised
+        whole = latest_step(manager.directory)
+        newest = "there is none" if whole is None else f"the newest whole one is step {whole}"
+        raise Failed(
+            f"checkpoints {manager.directory}: a save failed ({_reason(error)}); {newest}"
+        ) from error
+
+
+def tree_bytes(tree: Any) -> int:
+    """Bytes of all arrays, which is about what a checkpoint of them takes on disk."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+# ---- restoring
+
+
+def newest_whole(manager: ocp.CheckpointManager, target: Any) -> tuple[int, Any, dict] | None:
+    """Step, state and data of the newest checkpoint that is as it was saved; None without any.
+
+    Newer ones that are damaged are named in a warning and renamed to ``damaged-<step>``.
+
+    Raises:
+        UserError: checkpoints, but none whole; a checkpoint of another network.
+    """
+    damaged: list[tuple[int, str]] = []
+    for step in sorted(manager.all_steps(), reverse=True):
+        try:
+            data = read_data(manager, step)
+            state = restore(manager, target, step, data=data)
+        except Damaged as error:
+            logging.warning("%s", error)
+            damaged.append((step, str(error)))
+            continue
+        _set_aside(manager, [step for step, _ in damaged])
+        return step, state, data
+    if damaged:
+        raise UserError(
+            f"{manager.directory}: none of {len(damaged)} checkpoints is whole; the newest: "
+            f"{damaged[0][1]}; expected one: put a copy back, or remove the folder to start anew"
+        )
+    return None
+
+
+def _set_aside(manager: ocp.CheckpointManager, steps: list[int]) -> None:
+    if not steps:
+        return
+    if jax.process_index() == 0:
+        for step in steps:
+            place = manager.directory / f"damaged-{step}"
+            if place.exists():
+                place.rmtree()
+            (manager.directory / str(step)).rename(place)
+            logging.warning("%s: kept as %s", manager.directory / str(step), place.name)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("damaged checkpoints")
+    manager.reload()
+
+
+def restore(
+    manager: ocp.CheckpointManager,
+    target: Any,
+    step: int | None = None,
+    *,
+    data: dict | None = None,
+) -> Any:
+    """The state of a step (default: the newest) in the shardings and dtypes of `target`.
+
+    Args:
+        data: the step's ``data`` item if it has been read.
+
+    Raises:
+        UserError: a checkpoint of another network.
+        Damaged: it cannot be read, or its arrays are not those that were saved.
+    """
     step = manager.latest_step() if step is None else step
+    where = manager.directory / str(step)
+    wanted = (read_data(manager, step) if data is None else data).get(_SUMS)
+    if wanted is not None:
+        _check_fits(where, wanted, target)
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), target
     )
@@ -91,13 +232,33 @@ def restore(manager: ocp.CheckpointManager, target: Any, step: int | None = None
         items = manager.restore(
             step, args=ocp.args.Composite(**{STATE: ocp.args.StandardRestore(abstract)})
         )
-    except (ValueError, KeyError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(
-            f"checkpoint {manager.directory / str(step)} does not fit this config's network: "
-            f"{lines[0][:300]}"
-        ) from error
+    # orbax and the storage under it raise nearly anything on what they cannot read.
+    except Exception as error:
+        if wanted is None and isinstance(error, ValueError | KeyError):
+            raise UserError(
+                f"checkpoint {where} does not fit this config's network: {_reason(error)}"
+            ) from error
+        raise Damaged(f"checkpoint {where} is damaged: {_reason(error)}") from error
+    if wanted is not None:
+        _compare(where, wanted, _sums(items[STATE]))
     return items[STATE]
+
+
+def read_data(manager: ocp.CheckpointManager, step: int) -> dict:
+    """The ``data`` item of a step.
+
+    Raises:
+        Damaged: it cannot be read or is not what was saved.
+    """
+    where = manager.directory / str(step)
+    try:
+        data = read_json(manager, DATA, step)
+        seal = data.get(_SEAL)
+    except Exception as error:
+        raise Damaged(f"checkpoint {where} is damaged: {DATA}: {_reason(error)}") from error
+    if seal is not None and seal != _sealed(data)[_SEAL]:
+        raise Damaged(f"checkpoint {where} is damaged: {DATA}: checksum differs")
+    return data
 
 
 def read_json(manager: ocp.CheckpointManager, item: str, step: int | None = None) -> dict:
@@ -112,36 +273,55 @@ def load_params(folder: epath.PathLike, *, ema: bool = True, step: int | None = 
     Args:
         folder: a ``checkpoints`` folder.
         ema: the averaged parameters (the raw ones where no average was kept).
-        step: default the newest.
+        step: default the newest. An older one is never taken in its place: what is made of them
+            would bear the wrong name.
 
     Raises:
-        UserError: the folder holds no checkpoint.
+        UserError: the folder holds no checkpoint, or it is damaged.
     """
     step = latest_step(folder) if step is None else step
     if step is None:
         raise UserError(f"{folder}: expected a folder with a saved checkpoint, found none")
+    path = epath.Path(folder).absolute()
+    try:
+        return _read_params(path, step, ema)
+    except Damaged as error:
+        raise Damaged(
+            f"{error}; run the job that wrote it again: it goes on from the newest whole one"
+        ) from error
+
+
+def _read_params(folder: epath.Path, step: int, ema: bool) -> Any:
     handlers = _handlers(ocp.PyTreeCheckpointHandler())
-    with ocp.CheckpointManager(
-        epath.Path(folder).absolute(),
-        options=ocp.CheckpointManagerOptions(create=False),
-        item_handlers=handlers,
-    ) as manager:
-        tree = manager.item_metadata(step)[STATE].tree
-        name = "ema" if ema and tree.get("ema") is not None else "params"
-        # Only the wanted part is read: the optimizer's state is twice as large as the parameters.
-        item = {name: jax.tree.map(lambda leaf: 0, tree[name])}
-        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
-        args = ocp.args.PyTreeRestore(item=item, restore_args=as_numpy, partial_restore=True)
-        return manager.restore(step, args=ocp.args.Composite(**{STATE: args}))[STATE][name]
+    options = ocp.CheckpointManagerOptions(create=False, read_only=True)
+    with ocp.CheckpointManager(folder, options=options, item_handlers=handlers) as manager:
+        wanted = read_data(manager, step).get(_SUMS, {})
+        where = folder / str(step)
+        try:
+            tree = manager.item_metadata(step)[STATE].tree
+            name = "ema" if ema and tree.get("ema") is not None else "params"
+            # Only the wanted part is read: the optimizer's state is twice as large.
+            item = {name: jax.tree.map(lambda leaf: 0, tree[name])}
+            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+            args = ocp.args.PyTreeRestore(item=item, restore_args=as_numpy, partial_restore=True)
+            part = manager.restore(step, args=ocp.args.Composite(**{STATE: args}))[STATE]
+        except Exception as error:
+            raise Damaged(
+                f"checkpoint {folder / str(step)} is damaged: {_reason(error)}"
+            ) from error
+    wanted = {leaf: value for leaf, value in wanted.items() if leaf.split("/")[0] == name}
+    if wanted:
+        _compare(where, wanted, _host_sums(part))
+    return part[name]
 
 
 def latest_step(folder: epath.PathLike) -> int | None:
-    """The newest whole step under `folder`, or None."""
+    """The newest finished step under `folder`, or None."""
     path = epath.Path(folder).absolute()
-    if not path.exists():
-        return None
-    steps = [int(child.name) for child in path.iterdir() if child.name.isdigit()]
-    return max(steps, default=None)
+    return max(ocp.utils.checkpoint_steps(path), default=None) if path.exists() else None
+
+
+# ---- releases
 
 
 def save_release(folder: epath.PathLike, params: Any, config: dict) -> None:
@@ -152,11 +332,22 @@ def save_release(folder: epath.PathLike, params: Any, config: dict) -> None:
     """
     handlers = {"params": ocp.StandardCheckpointHandler(), "config": ocp.JsonCheckpointHandler()}
     path = epath.Path(folder).absolute()
-    with ocp.CheckpointManager(path, item_handlers=handlers) as manager:
+    options = ocp.CheckpointManagerOptions(cleanup_tmp_directories=True)
+    with ocp.CheckpointManager(path, options=options, item_handlers=handlers) as manager:
         if manager.latest_step() is not None:
             manager.delete(0)
         items = {"params": ocp.args.StandardSave(params), "config": ocp.args.JsonSave(config)}
-        manager.save(0, args=ocp.args.Composite(**items))
+        with _saving(manager):
+            manager.save(0, args=ocp.args.Composite(**items))
+            manager.wait_until_finished()
+            manager.check_for_errors()
+
+
+def load_release(folder: epath.PathLike) -> Any:
+    """Parameters of a release as host numpy."""
+    path = epath.Path(folder).absolute() / "0" / "params"
+    with ocp.StandardCheckpointer() as checkpointer:
+        return jax.tree.map(np.asarray, checkpointer.restore(path))
 
 
 def fingerprint(tree: Any) -> str:
@@ -167,3 +358,83 @@ def fingerprint(tree: Any) -> str:
         digest.update(f"{jax.tree_util.keystr(path)} {array.shape} {array.dtype}".encode())
         digest.update(array.tobytes())
     return digest.hexdigest()
+
+
+# ---- sums
+
+
+def _sums(tree: Any) -> dict[str, list]:
+    """Name to [shape, dtype, sum] of every array of a tree on devices."""
+    names = _names(tree)
+    sums = sharding.fetch(_device_sums(list(names.values())))
+    return {
+        name: [list(leaf.shape), str(leaf.dtype), int(value)]
+        for (name, leaf), value in zip(names.items(), sums, strict=True)
+    }
+
+
+def _host_sums(tree: Any) -> dict[str, list]:
+    """The same of host arrays, without a device: they may be larger than one."""
+    return {
+        name: [list(leaf.shape), str(leaf.dtype), _host_sum(np.asarray(leaf))]
+        for name, leaf in _names(tree).items()
+    }
+
+
+def _names(tree: Any) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+@jax.jit
+def _device_sums(leaves: list[jax.Array]) -> list[jax.Array]:
+    def one(x: jax.Array) -> jax.Array:
+        bits = jax.lax.bitcast_convert_type(x, _WORDS[x.dtype.itemsize]).astype(jnp.uint32)
+        index, stride = jnp.zeros(x.shape, jnp.uint32), 1
+        for axis in reversed(range(x.ndim)):
+            places = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+            index += places * np.uint32(stride % 2**32)
+            stride *= x.shape[axis]
+        return jnp.sum(bits * (index * np.uint32(_FACTOR) | 1), dtype=jnp.uint32)
+
+    return [one(x) for x in leaves]
+
+
+def _host_sum(array: np.ndarray) -> int:
+    bits = np.ascontiguousarray(array).reshape(-1).view(_WORDS[array.dtype.itemsize])
+    total, chunk = 0, 1 << 22
+    for start in range(0, len(bits), chunk):
+        part = bits[start : start + chunk].astype(np.uint32)
+        index = np.arange(start, start + len(part), dtype=np.uint64).astype(np.uint32)
+        weights = index * np.uint32(_FACTOR) | np.uint32(1)
+        total += int((part * weights).sum(dtype=np.uint64))
+    return total % 2**32
+
+
+def _check_fits(where: epath.Path, saved: dict[str, list], target: Any) -> None:
+    wanted = {k: [list(x.shape), str(x.dtype)] for k, x in _names(target).items()}
+    for name in (*wanted, *saved):
+        found = saved[name][:2] if name in saved else "nothing"
+        expected = wanted.get(name, "nothing")
+        if found != expected:
+            raise UserError(
+                f"checkpoint {where} does not fit this config's network: {name} is {found}, "
+                f"expected {expected}"
+            )
+
+
+def _compare(where: epath.Path, saved: dict[str, list], found: dict[str, list]) -> None:
+    for name, value in saved.items():
+        if found.get(name) != value:
+            raise Damaged(f"checkpoint {where} is damaged: array {name} is not what was saved")
+
+
+def _sealed(data: dict) -> dict:
+    content = {key: value for key, value in data.items() if key != _SEAL}
+    text = json.dumps(content, sort_keys=True)
+    return {**content, _SEAL: hashlib.sha256(text.encode()).hexdigest()}
+
+
+def _reason(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:300]

@@ -1,10 +1,14 @@
-"""The two ways a run ends early on purpose, and their exit statuses."""
+"""The ways a run ends early on purpose, and their exit statuses."""
+
+import errno
 
 # Exit statuses that launchers rely on: only PREEMPTED is worth a rerun of the same command.
 OK = 0
 FAILED = 1
 USER_MISTAKE = 2
 PREEMPTED = 75
+
+_STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 
 
 class UserError(Exception):
@@ -16,5 +20,21 @@ class UserError(Exception):
     """
 
 
-class Preempted(Exception):
-    """The machine is about to be taken away and the state has been saved: exit status 75."""
+class Failed(Exception):
+    """The machine's doing and not the user's, such as a full disk, as one line: exit status 1."""
+
+
+class Preempted(BaseException):
+    """The machine is about to be taken away and the state has been saved: exit status 75.
+
+    Not an `Exception`: it is raised by a signal, anywhere, and no reader that turns what a damaged
+    file raises into a message may take it for damage.
+    """
+
+
+def storage_failure(error: OSError) -> str | None:
+    """One line about a disk that is full, read-only, forbidden or failing; None for the rest."""
+    if error.errno not in _STORAGE:
+        return None
+    where = error.filename2 or error.filename
+    return f"{where}: {error.strerror}" if where else f"storage: {error.strerror}"

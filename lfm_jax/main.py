@@ -53,8 +53,13 @@ def main(_: list[str]) -> None:
         _end(error, errors.USER_MISTAKE)
     except errors.Preempted as error:
         _end(error, errors.PREEMPTED)
-    except FloatingPointError as error:
+    except (errors.Failed, FloatingPointError) as error:
         _end(error, errors.FAILED)
+    except OSError as error:
+        line = errors.storage_failure(error)
+        if line is None:
+            raise
+        _end(line, errors.FAILED)
     if sharding.is_main_process():
         print(json.dumps(result), flush=True)
 

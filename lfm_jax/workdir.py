@@ -5,11 +5,20 @@ decided by content: its result file holds a hash of everything that it depended 
 """
 
 import dataclasses
+import datetime
+import errno
+import fcntl
 import importlib.metadata
 import json
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
+import numpy as np
+from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
@@ -33,6 +42,10 @@ class Workdir:
     @property
     def config(self) -> epath.Path:
         return self.root / "config.json"
+
+    @property
+    def lock(self) -> epath.Path:
+        return self.root / "lock"
 
     @property
     def autoencoder(self) -> epath.Path:
@@ -68,7 +81,17 @@ class Workdir:
     def result(self, job: str) -> dict[str, Any] | None:
         """The result file of a job, or None where it has not ended."""
         path = self.result_path(job)
-        return json.loads(path.read_text()) if path.exists() else None
+        if not path.exists():
+            return None
+        try:
+            result = json.loads(path.read_text())
+            result["provenance"]["inputs"]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(
+                f"{path}: damaged, expected the JSON that a job writes; remove it and run "
+                f"--job={job} again"
+            ) from None
+        return result
 
     def require_result(self, job: str) -> dict[str, Any]:
         """The result file of a job that must have run before.
@@ -98,6 +121,88 @@ class Workdir:
         return (made or self.require_result("train"))["checkpoint"]
 
 
+@contextmanager
+def held(workdir: Workdir, job: str) -> Iterator[None]:
+    """Keep other runs out of a workdir while one is in it.
+
+    The lock is the kernel's (``flock``), so that it ends with its process, however that ends; the
+    file only says who has it. A workdir in a bucket has no lock.
+
+    Raises:
+        UserError: in every process of the run: another run has the workdir, or it cannot be
+            written.
+    """
+    if "://" in os.fspath(workdir.root):
+        yield
+        return
+    taken: list[int] = []
+    on_main_process(lambda: taken.append(_lock(workdir, job)))
+    try:
+        yield
+    finally:
+        for handle in taken:
+            # Before it is let go, or another run could wait for a file that is no longer there.
+            workdir.lock.unlink(missing_ok=True)
+            os.close(handle)
+
+
+def _lock(workdir: Workdir, job: str) -> int:
+    path = os.fspath(workdir.lock)
+    try:
+        workdir.root.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise UserError(
+            f"--workdir={workdir.root}: {error.strerror}; expected a folder that can be written"
+        ) from error
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.read(handle, 200).decode(errors="replace").strip() or "another process"
+        os.close(handle)
+        raise UserError(
+            f"--workdir={workdir.root} is in use by {holder}; expected a workdir that no other run "
+            "is in: wait for it, or use another one"
+        ) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL):
+            raise
+        logging.warning("%s: this file system has no locks; keep other runs out yourself", path)
+    if not _is_at(handle, path):  # it was released and removed between open and lock
+        os.close(handle)
+        return _lock(workdir, job)
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    os.ftruncate(handle, 0)
+    os.write(handle, f"process {os.getpid()} on {socket.gethostname()}, {job} since {now}".encode())
+    return handle
+
+
+def _is_at(handle: int, path: str) -> bool:
+    try:
+        there = os.stat(path)
+    except FileNotFoundError:
+        return False
+    return os.path.samestat(os.fstat(handle), there)
+
+
+def on_main_process(action: Callable[[], None]) -> None:
+    """Do what only one process may do; a `UserError` there is raised in all of them."""
+    problem = ""
+    if jax.process_index() == 0:
+        try:
+            action()
+        except UserError as error:
+            problem = str(error)
+    if jax.process_count() > 1:
+        letters = np.zeros(2048, np.uint8)
+        encoded = problem.encode()[: letters.size]
+        letters[: len(encoded)] = np.frombuffer(encoded, np.uint8)
+        letters = np.asarray(multihost_utils.broadcast_one_to_all(letters))
+        problem = bytes(letters).rstrip(b"\0").decode(errors="ignore")
+    if problem:
+        raise UserError(problem)
+
+
 def identity(config: ConfigDict) -> dict[str, Any]:
     """The part of a config that the checkpoints and caches of a workdir are bound to."""
     full = config_lib.to_json(config)
@@ -107,6 +212,7 @@ def identity(config: ConfigDict) -> dict[str, Any]:
         del full["autoencoder"][key]
     del full["encode"]["batch_size"]
     del full["data"]["path"]
+    del full["data"]["class_names"]
     kept = ("seed", "loss", "data", "autoencoder", "encode", "model", "train")
     return {key: full[key] for key in kept}
 
@@ -117,17 +223,22 @@ def claim(workdir: Workdir, config: ConfigDict) -> None:
     Raises:
         UserError: the workdir holds another config's checkpoints; the message names the keys.
     """
+    on_main_process(lambda: _claim(workdir, config))
+
+
+def _claim(workdir: Workdir, config: ConfigDict) -> None:
     wanted = identity(config)
     if workdir.config.exists():
         try:
             found = json.loads(workdir.config.read_text())["identity"]
-        except (ValueError, KeyError) as error:
+            found = _merged(identity(config_lib.default_config()), found)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{workdir.config}: expected the JSON that a run of lfm_jax wrote; "
                 "remove it or choose another --workdir"
             ) from error
         # A field that was not there yet had its default. A run that made nothing has no claim.
-        differing = _differing(_merged(identity(config_lib.default_config()), found), wanted)
+        differing = _differing(found, wanted)
         if differing and workdir.holds_work():
             raise UserError(
                 f"--workdir={workdir.root} holds another config's run; differing: {differing}; "

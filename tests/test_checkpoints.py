@@ -31,7 +31,7 @@ def test_state_and_json_items_round_trip(tmp_path):
     state = _saved(tmp_path)
     with checkpoints.open_manager(tmp_path) as manager:
         chex.assert_trees_all_equal(checkpoints.restore(manager, _state()), state)
-        assert checkpoints.read_json(manager, checkpoints.DATA) == {"examples_drawn": 3}
+        assert checkpoints.read_data(manager, 3)["examples_drawn"] == 3
         assert checkpoints.read_json(manager, checkpoints.CONFIG) == {"a": 1}
 
 

@@ -1,7 +1,8 @@
 """The verbs of the command line, a file each.
 
 A job module has ``inputs(config, workdir) -> dict``, everything its result depends on as JSON, and
-``run(config, workdir) -> dict``, which does the work and returns the figures.
+``run(config, workdir) -> dict``, which does the work and returns the figures. What it leaves on
+disk so that a killed run goes on, ``clean(config, workdir)`` removes once the result is written.
 """
 
 import importlib
@@ -10,8 +11,9 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
+from lfm_jax import preemption
 from lfm_jax.errors import UserError
-from lfm_jax.workdir import Workdir, claim, write_result
+from lfm_jax.workdir import Workdir, claim, held, write_result
 
 # name -> (module, what it does in a line)
 JOBS: dict[str, tuple[str, str]] = {
@@ -21,6 +23,8 @@ JOBS: dict[str, tuple[str, str]] = {
     "train": ("train", "train the velocity network on the cache"),
     "sample": ("sample", "solve the flow, decode, write samples.npz and a grid"),
     "evaluate": ("evaluate", "measure the samples against held-out real images"),
+    "edit": ("edit", "move images across the boundary of an attribute, without training"),
+    "reconstruct": ("reconstruct", "judge the autoencoder: PSNR, SSIM, rFD, a picture"),
     "reference": ("reference", "write the statistics of real images for later comparisons"),
     "compare": ("compare", "show this run and others side by side on one HTML page"),
     "convert": ("convert", "fill the network with another project's weights"),
@@ -32,12 +36,22 @@ def run_job(name: str, config: ConfigDict, workdir: str) -> dict[str, Any]:
     """Run one job in a workdir and write its result file.
 
     Raises:
-        UserError: an unknown job, or a workdir that holds another config's run.
+        UserError: an unknown job, or a workdir that another run is in or another config's.
     """
     if name not in JOBS:
         raise UserError(f"--job={name}: expected one of {', '.join(JOBS)}")
     folder = Workdir(epath.Path(workdir))
     job = importlib.import_module(f"lfm_jax.jobs.{JOBS[name][0]}")
-    claim(folder, config)
-    figures = job.run(config, folder)
-    return write_result(folder, name, config, job.inputs(config, folder), figures)
+    with preemption.stops_at_once(name), held(folder, name):
+        claim(folder, config)
+        return finish(job, name, config, folder, job.run(config, folder))
+
+
+def finish(
+    job: Any, name: str, config: ConfigDict, workdir: Workdir, figures: dict[str, Any]
+) -> dict[str, Any]:
+    """Write a job's result file; then what it kept in case it was killed is no longer needed."""
+    result = write_result(workdir, name, config, job.inputs(config, workdir), figures)
+    if hasattr(job, "clean"):
+        job.clean(config, workdir)
+    return result

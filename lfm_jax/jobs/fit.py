@@ -4,11 +4,9 @@ Nothing in the loop waits for the device between two logs: metrics stay there as
 fetched together every `log_every` steps (and before a save, so that no NaN is ever saved).
 """
 
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from typing import Any
 
 import jax
@@ -18,7 +16,7 @@ from etils import epath
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from lfm_jax import checkpoints, sharding
+from lfm_jax import checkpoints, preemption, sharding
 from lfm_jax.data import prefetch
 from lfm_jax.errors import Preempted, UserError
 from lfm_jax.profiling import peak_flops
@@ -77,12 +75,13 @@ def fit(
     main = sharding.is_main_process()
     with (
         checkpoints.open_manager(folder, save_every=save_every, keep=keep) as manager,
-        _termination_notice() as terminated,
+        preemption.asks_first() as terminated,
     ):
         start = manager.latest_step() or 0
-        if start:
+        if manager.latest_step() is not None:
             saved = checkpoints.read_json(manager, checkpoints.DATA)
-            if saved["record"] != record:
+            # Step 0 is a network of another project's: it has drawn nothing from any stream.
+            if start and saved["record"] != record:
                 raise UserError(
                     f"checkpoint {manager.directory / str(start)} was trained on another data "
                     f"stream: {saved['record']}, expected {record}"
@@ -167,20 +166,3 @@ def _summary(history: list[dict[str, float]], steps: int) -> dict[str, float]:
         if key in history[-1]:
             summary[key] = float(np.median([h[key] for h in timed]))
     return summary
-
-
-@contextmanager
-def _termination_notice() -> Iterator[Callable[[], bool]]:
-    """Turn SIGTERM into a question that the loop asks between two steps.
-
-    In multi-process runs jax's own notifier listens, and orbax lets all processes agree on a step.
-    """
-    flag = threading.Event()
-    if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
-        yield flag.is_set
-        return
-    previous = signal.signal(signal.SIGTERM, lambda *_: flag.set())
-    try:
-        yield flag.is_set
-    finally:
-        signal.signal(signal.SIGTERM, previous)

@@ -10,13 +10,17 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from lfm_jax import sharding
-from lfm_jax.workdir import Workdir, is_done, write_result
+from lfm_jax.jobs import finish
+from lfm_jax.workdir import Workdir, is_done
 
 _STAGES = ("autoencode", "encode", "train", "sample", "evaluate")
 
 
 def stages(config: ConfigDict) -> tuple[str, ...]:
-    """The stages that this config has: only a codec of one's own has to be trained."""
+    """The stages that this config has: only a codec of one's own has to be trained, and finetuning
+    reads what its base has encoded."""
+    if config.loss == "mmd":
+        return _STAGES[2:]
     return _STAGES if config.autoencoder.kind == "train" else _STAGES[1:]
 
 
@@ -40,7 +44,7 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
         figures = job.run(config, workdir)
         seconds[name] = round(time.perf_counter() - start, 1)
         figures["seconds"] = seconds[name]
-        results[name] = write_result(workdir, name, config, job.inputs(config, workdir), figures)
+        results[name] = finish(job, name, config, workdir, figures)
     return {"seconds": seconds, "evaluate": _figures(results["evaluate"])}
 
 
