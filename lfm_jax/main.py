@@ -40,14 +40,14 @@ def run() -> None:
 def main(_: list[str]) -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
-        from lfm_jax import jobs, sharding
+        from lfm_jax import distributed, jobs, sharding
         from lfm_jax.config_check import check_config
 
         config = _CONFIG.value
         if _JOB.value:
             config.job = _JOB.value
         check_config(config)
-        sharding.initialize_distributed()
+        distributed.initialize()
         result = jobs.run_job(config.job, config, _WORKDIR.value)
     except errors.UserError as error:
         _end(error, errors.USER_MISTAKE)

@@ -47,13 +47,41 @@ class TrainState:
 
 
 def create_state(
-    init: Callable[[], Params], tx: optax.GradientTransformation, mesh: Mesh, *, ema: bool
+    init: Callable[[], Params],
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    *,
+    ema: bool,
+    rules: sharding.Rules = (),
 ) -> TrainState:
     """Initialise parameters, optimizer and average directly in their shardings.
 
     Nothing is built on one device first: ``init`` is traced into the program that places it.
     """
+    build = _builder(init, tx, ema)
+    shardings = sharding.state_sharding(jax.eval_shape(build), mesh, rules)
+    return jax.jit(build, out_shardings=shardings)()
 
+
+def abstract_state(
+    init: Callable[[], Params],
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    *,
+    ema: bool,
+    rules: sharding.Rules = (),
+) -> TrainState:
+    """What `create_state` would build, as `jax.ShapeDtypeStruct`s with their shardings."""
+    shapes = jax.eval_shape(_builder(init, tx, ema))
+    shardings = sharding.state_sharding(shapes, mesh, rules)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+    )
+
+
+def _builder(
+    init: Callable[[], Params], tx: optax.GradientTransformation, ema: bool
+) -> Callable[[], TrainState]:
     def build() -> TrainState:
         params = init()
         return TrainState(
@@ -64,8 +92,7 @@ def create_state(
             ema=jax.tree.map(jnp.copy, params) if ema else None,
         )
 
-    shardings = sharding.state_sharding(jax.eval_shape(build), mesh)
-    return jax.jit(build, out_shardings=shardings)()
+    return build
 
 
 def make_step(
@@ -75,6 +102,8 @@ def make_step(
     *,
     ema_decay: float = 0.0,
     accumulate: int = 1,
+    skip_nonfinite: bool = False,
+    like: TrainState | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """One jitted update with donated state.
 
@@ -85,6 +114,10 @@ def make_step(
         ema_decay: the average's decay; it ramps up as ``min(decay, (1 + step) / (10 + step))`` so
             that a short run is not dominated by its initialisation.
         accumulate: micro-batches whose gradients are averaged before the update.
+        skip_nonfinite: leave parameters, optimizer and average as they were where loss or gradient
+            is not finite; the step counts all the same.
+        like: a state, real or abstract, whose shardings every update keeps. Left to the compiler
+            they may change, and the buffers of the old state could not be reused.
 
     Returns:
         ``step(state, batch) -> (state, metrics)``; metrics stay on the device: the loss's own,
@@ -120,6 +153,10 @@ def make_step(
             ema = jax.tree.map(lambda old, new: old + (1.0 - decay) * (new - old), ema, params)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
+        if skip_nonfinite:
+            new, old = (params, opt_state, ema), (state.params, state.opt_state, state.ema)
+            kept = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+            params, opt_state, ema = kept
         metrics = {
             **metrics,
             "loss": value,
@@ -128,4 +165,5 @@ def make_step(
         }
         return TrainState(state.step + 1, params, opt_state, ema), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    kept = None if like is None else (jax.tree.map(lambda x: x.sharding, like), None)
+    return jax.jit(step, donate_argnums=0, out_shardings=kept)
