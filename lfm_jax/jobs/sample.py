@@ -5,6 +5,7 @@ The samples are written in parts as they come; a killed job goes on with the par
 
 import io
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -12,17 +13,19 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
+from PIL import Image
 from tqdm import tqdm
 
 from lfm_jax import checkpoints, sharding
+from lfm_jax.conditions.inpainting import composite
 from lfm_jax.config import content_hash
+from lfm_jax.evaluate import write_samples
 from lfm_jax.flow import describe_failure
-from lfm_jax.jobs import build
-from lfm_jax.jobs.generate import Generator, class_names, load_samples, sample_labels
+from lfm_jax.jobs import build, pictures, watch
+from lfm_jax.jobs.condition import Given, given_grid
+from lfm_jax.jobs.generate import Generator, load_samples, sample_labels
 from lfm_jax.workdir import Workdir
-from lfm_jax.writers import image_grid, save_image, write_bytes
-
-_PER_CLASS = 10  # columns of the grid
+from lfm_jax.writers import save_image, write_bytes
 
 
 def inputs(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
@@ -33,14 +36,15 @@ def inputs(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
 
 def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     section = config.sample
-    labels = sample_labels(config)
     generator = Generator.from_config(config, workdir)
-    step = checkpoints.latest_step(workdir.checkpoints)
-    params = checkpoints.load_params(workdir.checkpoints, ema=section.ema)
+    labels = sample_labels(config, generator.given)
+    folder = workdir.checkpoints if section.checkpoint == "newest" else watch.folder(workdir)
+    step = checkpoints.latest_step(folder)
+    params = checkpoints.load_params(folder, ema=section.ema)
     params = jax.device_put(params, sharding.state_sharding(params, generator.mesh))
 
     # ---- the samples, part by part
-    parts = workdir.samples / f"parts-{content_hash(inputs(config, workdir))[:16]}"
+    parts = _parts(config, workdir)
     starts = range(0, section.num_samples, section.batch_size)
     paths = [parts / f"{start:08d}.npz" for start in starts]
     missing = _agreed(np.array([not path.exists() for path in paths]))
@@ -61,6 +65,7 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
                 if failure:
                     raise FloatingPointError(f"sample: {failure}; finished parts are in {parts}")
                 if sharding.is_main_process():
+                    images = _with_known_pixels(generator.given, indices, images)
                     kept = {"images": images[: stop - start]}
                     if section.latents:
                         kept["latents"] = latents[: stop - start]
@@ -73,20 +78,62 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
         "ema": section.ema,
         "solver": section.solver,
         "num_steps": None if section.rtol else section.num_steps,
+        "grid": None if section.rtol else section.grid,
         "rtol": section.rtol,
         "guidance": section.guidance,
+        **_of_guidance(section),
+        **_of_condition(config),
         "seed": section.seed,
         # The first part holds the compilation.
         "images_per_second": float(1 / np.median(seconds[1:])) if len(seconds) > 1 else None,
     }
     if section.latency:
         figures["latency_seconds"] = _latency(generator, params, labels, section.latency)
-    if section.trajectory:
-        _trajectory(config, workdir, generator, params)
+    for name in ("trajectory", "interpolation", "class_switch"):
+        if section[name]:  # the pictures are made by all processes together
+            picture = getattr(pictures, name)(config, generator, params)
+            if sharding.is_main_process():
+                save_image(workdir.samples / f"{name}.png", picture)
     if sharding.is_main_process():
-        figures |= _join(config, workdir, paths, labels)
-        parts.rmtree()
+        figures |= _join(config, workdir, paths, labels, generator.given)
     return figures
+
+
+def clean(config: ConfigDict, workdir: Workdir) -> None:
+    """Remove the parts, of which the result is made."""
+    if sharding.is_main_process() and (parts := _parts(config, workdir)).exists():
+        parts.rmtree()
+
+
+def _parts(config: ConfigDict, workdir: Workdir) -> epath.Path:
+    """Where the parts of exactly these samples lie; they are as long as a batch."""
+    made_of = content_hash(inputs(config, workdir))[:16]
+    return workdir.samples / f"parts-{made_of}-{config.sample.batch_size}"
+
+
+def _of_guidance(section: ConfigDict) -> dict[str, Any]:
+    """The further options that say how samples were made, where they are in use."""
+    unused = {
+        "guidance_interval": (0.0, 1.0),
+        "guidance_rescale": 0.0,
+        "guidance_channels": 0,
+        "autoguidance": 1.0,
+        "classifier_guidance": 0.0,
+        "sde": "",
+        "eta": 0.0,
+    }
+    return {key: section[key] for key, value in unused.items() if section[key] != value}
+
+
+def _of_condition(config: ConfigDict) -> dict[str, Any]:
+    if config.condition.kind == "none":
+        return {}
+    section = config.sample
+    return {
+        "condition": config.condition.kind,
+        "condition_guidance": section.condition_guidance,
+        "repeats": section.repeats,
+    }
 
 
 def _latency(
@@ -104,22 +151,6 @@ def _latency(
     return medians
 
 
-def _trajectory(config: ConfigDict, workdir: Workdir, generator: Generator, params: Any) -> None:
-    """A few samples on their way: a row of x_t, and under it where x_t is heading."""
-    shown = max(min(config.data.num_classes, 5), 3)
-    labels = np.arange(shown, dtype=np.int32)
-    count = config.sample.trajectory
-    states, estimates = generator.strip(params, range(shown), labels, count=count)
-    rows = np.stack([states, estimates], axis=1)
-    picture = image_grid(
-        rows.reshape(-1, *rows.shape[3:]),
-        columns=rows.shape[2],
-        row_labels=["x_t", "estimate of x_0"] * shown,
-    )
-    if sharding.is_main_process():
-        save_image(workdir.samples / "trajectory.png", picture)
-
-
 def _agreed(missing: np.ndarray) -> np.ndarray:
     """What the main process found missing, in every process: all must run the same programs."""
     if jax.process_count() == 1:
@@ -127,23 +158,61 @@ def _agreed(missing: np.ndarray) -> np.ndarray:
     return multihost_utils.broadcast_one_to_all(missing)
 
 
+def _with_known_pixels(given: Given | None, indices: np.ndarray, images: np.ndarray) -> np.ndarray:
+    """Inpainted images with the pixels that were known; other samples as they are."""
+    if given is None or given.condition.name != "inpainting":
+        return images
+    told = given.plain(given.numbers(indices))
+    return composite(images, told["image"], told["mask"])
+
+
 def _join(
-    config: ConfigDict, workdir: Workdir, paths: list[epath.Path], labels: np.ndarray | None
+    config: ConfigDict,
+    workdir: Workdir,
+    paths: list[epath.Path],
+    labels: np.ndarray | None,
+    given: Given | None,
 ) -> dict[str, float]:
     """One file and one picture of all parts; the mean counts of the solver."""
-    chunks = [load_samples(path) for path in paths]
-    images = np.concatenate([chunk["images"] for chunk in chunks])
-    arrays = {"arr_0": images} if labels is None else {"arr_0": images, "arr_1": labels}
-    write_bytes(workdir.samples / "samples.npz", _npz(**arrays))
-    if config.sample.latents:
-        latents = np.concatenate([chunk["latents"] for chunk in chunks])
-        write_bytes(workdir.samples / "latents.npz", _npz(arr_0=latents))
-    save_image(workdir.samples / "grid.png", _grid(config, images, labels))
-    if config.sample.png:
-        _write_pngs(workdir, images)
-    return {
-        name: float(np.mean([chunk[name] for chunk in chunks])) for name in ("nfe", "network_calls")
+    section, count, first = config.sample, config.sample.num_samples, load_samples(paths[0])
+
+    def parts(name: str) -> Iterator[np.ndarray]:
+        for path in paths:
+            yield load_samples(path)[name]
+
+    def pick(indices: np.ndarray) -> np.ndarray:
+        """Some images, opening the parts that hold them one at a time."""
+        found = np.empty((len(indices), *first["images"].shape[1:]), np.uint8)
+        part = indices // section.batch_size
+        for number in np.unique(part):
+            images = load_samples(paths[number])["images"]
+            found[part == number] = images[indices[part == number] % section.batch_size]
+        return found
+
+    for name, key in (("samples", "images"), ("latents", "latents")):
+        if key in first:
+            shape = (count, *first[key].shape[1:])
+            told = labels if key == "images" else None
+            write_samples(
+                workdir.samples / f"{name}.npz", parts(key), shape, told, dtype=first[key].dtype
+            )
+    if given is None:
+        shown = pictures.first_of_classes(config, labels, count)
+        told = None if labels is None else labels[shown]
+        picture = pictures.grid(config, pick(shown), told)
+    else:
+        picture = given_grid(given, pick(np.arange(min(count, given.count * given.repeats))))
+    save_image(workdir.samples / "grid.png", picture)
+    for folder, quality in (("png", 0), ("jpeg", section.jpeg)):
+        if section[folder]:
+            images = (image for part in parts("images") for image in part)
+            _write_images(workdir.samples / folder, images, jpeg=quality)
+    # Each part counts by its size: the last one may be shorter.
+    sizes = [min(section.batch_size, count - i * section.batch_size) for i in range(len(paths))]
+    means = {
+        name: [load_samples(path)[name] for path in paths] for name in ("nfe", "network_calls")
     }
+    return {name: float(np.average(values, weights=sizes)) for name, values in means.items()}
 
 
 def _counts(stats: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -156,23 +225,13 @@ def _npz(**arrays: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _grid(config: ConfigDict, images: np.ndarray, labels: np.ndarray | None):
-    """The first samples of each class, a row a class; without classes the first hundred."""
-    if labels is None:
-        return image_grid(images[: _PER_CLASS**2], columns=_PER_CLASS)
-    rows, cells = [], []
-    for label, name in enumerate(class_names(config)):
-        found = images[labels == label][:_PER_CLASS]
-        if len(found):
-            blank = np.full((_PER_CLASS - len(found), *images.shape[1:]), 255, np.uint8)
-            cells.append(np.concatenate([found, blank]))
-            rows.append(name)
-    return image_grid(np.concatenate(cells), columns=_PER_CLASS, row_labels=rows)
-
-
-def _write_pngs(workdir: Workdir, images: np.ndarray) -> None:
-    from PIL import Image
-
-    for i, image in enumerate(tqdm(images, desc="png", unit="img")):
+def _write_images(folder: epath.Path, images: Iterator[np.ndarray], *, jpeg: int) -> None:
+    """One file an image: PNG, or JPEG of a quality."""
+    for i, image in enumerate(tqdm(images, desc=folder.name, unit="img")):
         picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-        save_image(workdir.samples / "png" / f"{i:06d}.png", picture)
+        if jpeg:
+            buffer = io.BytesIO()
+            picture.save(buffer, "JPEG", quality=jpeg)
+            write_bytes(folder / f"{i:06d}.jpg", buffer.getvalue())
+        else:
+            save_image(folder / f"{i:06d}.png", picture)

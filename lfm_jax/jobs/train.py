@@ -1,6 +1,7 @@
 """Train the velocity network on the latent cache."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -8,30 +9,37 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from lfm_jax import checkpoints, sharding
+from lfm_jax.conditions import init_conditioned, input_sizes, training_condition, widen
 from lfm_jax.config import to_json
 from lfm_jax.data import latent_batches, open_cache
 from lfm_jax.errors import UserError
 from lfm_jax.flow import flow_matching_loss
-from lfm_jax.jobs import build
+from lfm_jax.jobs import build, mmd, origin, watch
+from lfm_jax.jobs import condition as conditions
 from lfm_jax.jobs.fit import fit
 from lfm_jax.jobs.generate import Generator, class_names
 from lfm_jax.models import forward_macs, init_params
 from lfm_jax.state import TrainState, create_state, make_step
-from lfm_jax.workdir import Workdir
+from lfm_jax.workdir import FREE_TRAIN, Workdir
 from lfm_jax.writers import image_grid, save_image
 
 _PREVIEWED = 8  # pictures of a class
 
 
 def inputs(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
-    cache = open_cache(workdir.latents("train"))
+    finetuned = mmd.inputs(config, workdir) if config.loss == "mmd" else {}
+    cache = open_cache(mmd.latents(config, workdir) if finetuned else workdir.latents("train"))
     sections = build.section(config, "seed", "loss", "init", "model", "train")
-    for key in ("log_every", "save_every", "keep", "preview_every", "in_memory"):
+    for key in FREE_TRAIN:
         del sections["train"][key]
-    return {"cache": cache.fingerprint, **sections}
+    if config.condition.kind != "none":
+        sections |= build.section(config, "condition")
+    return {"cache": cache.fingerprint, **sections, **finetuned}
 
 
 def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
+    if config.loss == "mmd":
+        return mmd.run(config, workdir)
     section = config.train
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     sharding.check_batch(mesh, "train.batch_size", section.batch_size // section.accumulate)
@@ -50,6 +58,14 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     key = jax.random.key(config.seed)
     model = build.network(config)
     tx = build.optimizer(section)
+    condition = conditions.make(config, codec)
+    given, init, macs = None, partial(init_params, model, key, latent_shape), {}
+    if condition is not None:
+        given = training_condition(
+            condition, num_classes=config.data.num_classes, label_drop=section.label_drop
+        )
+        init = partial(init_conditioned, condition, model, key, latent_shape)
+        macs = input_sizes(condition, latent_shape)
     loss = flow_matching_loss(
         model,
         scale=codec.scale,
@@ -58,12 +74,18 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
         label_drop=section.label_drop,
         mirror=section.mirror,
         time_sampling=section.time_sampling,
+        condition=given,
     )
-    state = create_state(
-        lambda: init_params(model, key, latent_shape), tx, mesh, ema=section.ema_decay > 0
+    state = create_state(init, tx, mesh, ema=section.ema_decay > 0)
+    state = _start_from(config, state)
+    step = make_step(
+        loss,
+        tx,
+        key,
+        ema_decay=section.ema_decay,
+        accumulate=section.accumulate,
+        skip_nonfinite=section.nonfinite == "skip",
     )
-    state = _start_from(config.init, state)
-    step = make_step(loss, tx, key, ema_decay=section.ema_decay, accumulate=section.accumulate)
 
     # ---- the loop
     state, figures = fit(
@@ -93,37 +115,61 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
         log_every=section.log_every,
         save_every=section.save_every,
         keep=section.keep,
-        train_flops=6.0 * forward_macs(model, latent_shape),
+        keep_every=section.keep_every,
+        keep_best=section.keep_best,
+        skip_nonfinite=section.nonfinite == "skip",
+        train_flops=6.0 * forward_macs(model, latent_shape, **macs),
         preview=_previews(config, workdir) if section.preview_every else None,
         preview_every=section.preview_every,
+        watch=watch.watcher(config, workdir) if section.evaluate_every else None,
+        watch_every=section.evaluate_every,
     )
     params = checkpoints.load_params(workdir.checkpoints)
     return {
         **figures,
+        **watch.summary(workdir),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
         "examples_drawn": section.steps * section.batch_size,
         "checkpoint": checkpoints.fingerprint(params),
     }
 
 
-def _start_from(init: str | None, state: TrainState) -> TrainState:
+def _start_from(config: ConfigDict, state: TrainState) -> TrainState:
     """The state with the weights of another workdir, when `config.init` names one."""
+    init = config.init
     if init is None:
         return state
-    from etils import epath
-
-    params = checkpoints.load_params(Workdir(epath.Path(init)).checkpoints)
+    params = origin.initial_params(init)
+    if config.condition.kind != "none":
+        params = widen(params, sharding.fetch(state.params), patch=config.model.patch or 1)
     found, wanted = (jax.tree.map(lambda x: x.shape, tree) for tree in (params, state.params))
     if found != wanted:
-        raise UserError(f"--config.init={init}: its network is another one; expected {wanted}")
+        raise UserError(f"--config.init={init}: {_first_difference(found, wanted)}")
     placed = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), params, state.params)
     ema = None if state.ema is None else jax.tree.map(lambda x: x.copy(), placed)
     return state.replace(params=placed, ema=ema)
 
 
+def _first_difference(found: Any, wanted: Any) -> str:
+    """Which parameter of the one tree of shapes the other one lacks or has in another shape."""
+
+    def flat(tree: Any) -> dict[str, tuple]:
+        leaves = jax.tree.leaves_with_path(tree, is_leaf=lambda x: isinstance(x, tuple))
+        return {jax.tree_util.keystr(k, simple=True, separator="/"): v for k, v in leaves}
+
+    found, wanted = flat(found), flat(wanted)
+    name = next(k for k in sorted({*found, *wanted}) if found.get(k) != wanted.get(k))
+    return (
+        f"parameter {name} is {found.get(name, 'missing')} there, this network's is "
+        f"{wanted.get(name, 'missing')}"
+    )
+
+
 def _previews(config: ConfigDict, workdir: Workdir) -> Callable[[TrainState, int], None]:
     """A picture of the same few noises every time, so that two steps can be compared."""
     generator = Generator.from_config(config, workdir)
+    if generator.given is not None:
+        return _given_previews(workdir, generator)
     names = class_names(config)
     labels = np.repeat(np.arange(len(names) or _PREVIEWED, dtype=np.int32), _PREVIEWED)
 
@@ -131,6 +177,21 @@ def _previews(config: ConfigDict, workdir: Workdir) -> Callable[[TrainState, int
         images, _, _ = generator(state.best_params, range(len(labels)), labels)
         if sharding.is_main_process():
             picture = image_grid(images, columns=_PREVIEWED, row_labels=names)
+            save_image(workdir.previews / f"step_{step:07d}.png", picture)
+
+    return preview
+
+
+def _given_previews(workdir: Workdir, generator: Generator) -> Callable[[TrainState, int], None]:
+    """The same under the first few held-out conditions."""
+    given = generator.given
+    indices = np.arange(min(given.count, _PREVIEWED) * given.repeats)
+    labels = None if given.labels is None else given.labels[given.numbers(indices)]
+
+    def preview(state: TrainState, step: int) -> None:
+        images, _, _ = generator(state.best_params, indices, labels)
+        if sharding.is_main_process():
+            picture = conditions.given_grid(given, images)
             save_image(workdir.previews / f"step_{step:07d}.png", picture)
 
     return preview

@@ -1,0 +1,51 @@
+"""Inpainting on Fashion-MNIST at 32x32, starting from the class-conditional flow.
+
+    python -m lfm_jax.main --config=configs/inpaint_fashion_mnist.py --workdir=runs/inpaint
+        --config.init=runs/fashion_mnist
+
+Two CPU cores: about 10 minutes with `init`, the finished workdir of configs/fashion_mnist.py, whose
+autoencoder and velocity it takes over. Without it everything is trained from scratch: raise
+train.steps. Figures: docs/results/conditions.json, measured by benchmarks/conditions.py.
+"""
+
+import importlib.util
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from lfm_jax.config import smoke, variants
+
+_BASE = Path(__file__).parent / "fashion_mnist.py"
+
+
+def fashion_mnist() -> ConfigDict:
+    """The config of the run that this one starts from."""
+    spec = importlib.util.spec_from_file_location("fashion_mnist", _BASE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    config = fashion_mnist()
+    config.condition.kind = "inpainting"
+    config.condition.masks = "lama+freeform+half"
+    config.condition.variants = 2
+    config.condition.mask_channels = "pixels"
+
+    config.train.steps = 1600
+    config.train.learning_rate = 5e-4
+    config.train.warmup_steps = 100
+    config.train.preview_every = 800
+
+    config.sample.num_samples = 2000
+    config.sample.batch_size = 500
+    config.sample.guidance = 1.0
+
+    return variants(config, variant, smoke=_smoke)
+
+
+def _smoke(config: ConfigDict) -> ConfigDict:
+    config.data.limit = 512
+    config.sample.repeats = 2
+    return smoke(config, synthetic=False)

@@ -1,0 +1,62 @@
+"""Somebody's images with holes: a folder of images and one of masks, paired by name.
+
+FOLDER/images/a.png     FOLDER/masks/a.png        white: hole, black: known
+"""
+
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Bool
+
+from lfm_jax.data.folder import open_folder
+from lfm_jax.data.maps import fit_map, pair_by_name, read_ids
+from lfm_jax.data.pixels import Preprocess
+from lfm_jax.data.source import ImageSource
+from lfm_jax.errors import UserError
+
+
+def open_masked(
+    path: str, *, image_size: int, channels: int
+) -> tuple[ImageSource, Bool[np.ndarray, "n h w"]]:
+    """The images of a folder and their masks, brought to one size alike.
+
+    Raises:
+        UserError: folders missing or not pairing; masks that are not binary, hide nothing, or are
+            of another size than their image: all of them named.
+    """
+    folder = Path(path).expanduser()
+    for part in ("images", "masks"):
+        if not (folder / part).is_dir():
+            raise UserError(f"{folder / part}: no such folder; expected images/ and masks/")
+    preprocess = Preprocess(image_size=image_size, channels=channels, fit="crop")
+    source = open_folder(str(folder / "images"), split="train", preprocess=preprocess)
+    masks, wrong = [], []
+    for name, file in zip(source.files, pair_by_name(source.files, folder / "masks"), strict=True):
+        values = read_ids(file)
+        size = _size(folder / "images" / name)
+        other = np.setdiff1d(np.unique(values), (0, 255 if values.max() > 1 else 1))
+        if values.shape != size:
+            wrong.append(f"{file.name} has {_by(values.shape)} pixels, its image {_by(size)}")
+        elif len(other):
+            wrong.append(f"{file.name} is not binary (it holds {other[0]} beside 0 and 255)")
+        elif not values.any():
+            wrong.append(f"{file.name} has no hole")
+        else:
+            masks.append(fit_map(values > 0, preprocess).astype(bool))
+    if wrong:
+        raise UserError(
+            f"{folder / 'masks'}: {'; '.join(wrong[:8])} ({len(wrong)} in all); expected masks of "
+            "0 and 255, of their image's size"
+        )
+    return source, np.stack(masks)
+
+
+def _size(path: Path) -> tuple[int, int]:
+    from PIL import Image
+
+    with Image.open(path) as image:
+        return image.height, image.width
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return f"{shape[1]}x{shape[0]}"

@@ -1,0 +1,262 @@
+"""From config to the condition of a run, and to the conditions under which samples are made.
+
+Samples are made under the conditions of held-out images, evenly spread over the test split, or
+under those of a user (`config.sample.given`): a folder of images and masks, a folder of maps, a
+JSON file of layouts.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image
+
+from lfm_jax.conditions import Condition, Inpainting, Layout, Semantic, masks
+from lfm_jax.conditions.pictures import picture
+from lfm_jax.config import to_json
+from lfm_jax.data import open_layouts, open_maps, read_layouts
+from lfm_jax.data.maps import check_ids, fit_map, read_ids
+from lfm_jax.data.mask_files import open_masked
+from lfm_jax.data.pixels import Preprocess
+from lfm_jax.errors import UserError
+from lfm_jax.jobs import build
+from lfm_jax.vae import Codec, from_uint8
+from lfm_jax.writers import image_grid
+
+KINDS = ("none", "inpainting", "semantic", "layout")
+# What the arrays in the cache depend on; the rest of the section belongs to training.
+_CACHED = ("kind", "source", "num_classes", "max_objects", "masks", "variants", "fill")
+_SHOWN = 10  # conditions and samples of each in a grid
+_HELD_OUT = 1_000_003  # apart from the seeds of training masks
+
+
+def make(config: ConfigDict, codec: Codec, split: str = "train") -> Condition | None:
+    """The condition that `config.condition` describes, reading the annotations of a split."""
+    section = config.condition
+    if section.kind == "none":
+        return None
+    if section.kind == "inpainting":
+        return Inpainting(
+            masks=section.masks,
+            seed=config.seed,
+            variants=section.variants,
+            fill=section.fill,
+            mask_channels=section.mask_channels,
+            drop=section.drop,
+            image_size=config.data.image_size,
+            latent_shape=build.latent_shape(config, codec),
+            scale=codec.scale,
+            shift=codec.shift,
+        )
+    annotations = _annotations(config, split)
+    classes = _classes(section, annotations)
+    if section.kind == "semantic":
+        return Semantic(
+            num_classes=classes,
+            image_size=config.data.image_size,
+            factor=codec.factor,
+            channels=section.channels,
+            kind=section.rescaler,
+            hidden=section.hidden,
+            drop=section.drop,
+            read=annotations.batch,
+        )
+    return Layout(
+        num_classes=classes,
+        max_objects=annotations.max_objects,
+        scheme=section.scheme,
+        width=config.model.context_dim or 0,
+        depth=section.depth,
+        heads=section.heads,
+        drop=section.drop,
+        read=annotations.batch,
+    )
+
+
+def cached_inputs(config: ConfigDict) -> dict[str, Any]:
+    """What the conditions in the latent cache depend on; empty without a condition."""
+    section = config.condition
+    if section.kind == "none":
+        return {}
+    full = to_json(section)
+    told = {key: full[key] for key in _CACHED}
+    if section.kind != "inpainting":
+        for split in config.encode.splits:
+            told[f"annotations of {split}"] = _annotations(config, split).fingerprint
+    return {"condition": told}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Given:
+    """The conditions of samples; sample i is made under condition ``i // repeats``.
+
+    Attributes:
+        condition: how they reach the network.
+        count: how many there are.
+        repeats: samples under each.
+        labels: their images' classes, or None.
+        images: ``numbers -> uint8 [n, H, W, C]``: the images that they were taken from; None where
+            a user gave conditions without.
+        arrays: ``(numbers, images) -> {name: array}``: from the host, see `Condition.prepare`.
+        codec: for what the condition encodes.
+    """
+
+    condition: Condition
+    count: int
+    repeats: int
+    labels: np.ndarray | None
+    images: Callable[[np.ndarray], np.ndarray] | None
+    arrays: Callable[[np.ndarray, np.ndarray | None], dict[str, np.ndarray]]
+    codec: Codec
+
+    def numbers(self, indices: Any) -> np.ndarray:
+        """The condition of each sample."""
+        return np.asarray(indices) // self.repeats % self.count
+
+    def inputs(self, indices: Any) -> dict[str, np.ndarray]:
+        """What the network's input is made of, a row a sample."""
+        numbers = self.numbers(indices)
+        images = None if self.images is None else self.images(numbers)
+        arrays = self.arrays(numbers, images)
+        if isinstance(self.condition, Inpainting):
+            made = _encode(self.condition, self.codec, images, arrays)
+            arrays = {**arrays, **made}
+        return {k: np.asarray(v) for k, v in self.condition.first(arrays).items()}
+
+    def plain(self, numbers: np.ndarray) -> dict[str, np.ndarray]:
+        """Masks, maps or boxes of the conditions, and "image" where there is one."""
+        images = None if self.images is None else self.images(numbers)
+        arrays = dict(self.arrays(numbers, images))
+        if "mask" in arrays:
+            arrays["mask"] = masks.unpack(arrays["mask"][:, 0], self.condition.image_size)
+        return arrays if images is None else {**arrays, "image": images}
+
+
+@partial(jax.jit, static_argnums=0)
+def _encode(condition: Condition, codec: Codec, images: Any, arrays: dict) -> dict:
+    return condition.encode(codec, from_uint8(images), arrays)
+
+
+def given(config: ConfigDict, codec: Codec) -> Given | None:
+    """The conditions that `config.sample` asks for; None for a run without condition."""
+    section = config.sample
+    if config.condition.kind == "none":
+        return None
+    if section.given is not None:
+        return _of_user(config, codec)
+    source = build.images(config, "test")
+    wanted = -(-section.num_samples // section.repeats)
+    places = spread(len(source), min(wanted, len(source)))
+    condition = make(config, codec, "test")
+    if isinstance(condition, Inpainting):
+        condition = dataclasses.replace(
+            condition,
+            masks=section.masks or condition.masks,
+            seed=section.seed + _HELD_OUT,
+            variants=1,
+        )
+    labels = source.batch(places)["label"] if config.data.num_classes else None
+    return Given(
+        condition=condition,
+        count=len(places),
+        repeats=section.repeats,
+        labels=labels,
+        images=lambda numbers: source.batch(places[numbers])["image"],
+        arrays=lambda numbers, images: condition.prepare(images, places[numbers]),
+        codec=codec,
+    )
+
+
+def given_grid(given: Given, images: np.ndarray) -> Image.Image:
+    """A condition a row: the image it was taken from, the condition, its samples.
+
+    Args:
+        images: the samples from the first on.
+    """
+    shown = min(_SHOWN, given.count, len(images) // given.repeats)
+    told = given.plain(np.arange(shown))
+    side, channels = images.shape[1], images.shape[3]
+    classes = getattr(given.condition, "num_classes", 0)
+    columns = [picture(told, size=side, channels=channels, num_classes=classes)]
+    if "image" in told:
+        columns.insert(0, told["image"])
+    for k in range(min(given.repeats, _SHOWN)):
+        columns.append(images[np.arange(shown) * given.repeats + k])
+    cells = np.stack(columns, axis=1).reshape(-1, side, side, channels)
+    return image_grid(cells, columns=len(columns))
+
+
+def spread(total: int, count: int) -> np.ndarray:
+    """`count` evenly spaced indices: no class is favoured in sources sorted by class."""
+    return np.linspace(0, total - 1, count).round().astype(int)
+
+
+def _of_user(config: ConfigDict, codec: Codec) -> Given:
+    """Conditions from files; everything is read and checked before anything is sampled."""
+    path, size = config.sample.given, config.data.image_size
+    condition, images = make(config, codec), None
+    if isinstance(condition, Inpainting):
+        condition = dataclasses.replace(condition, variants=1)
+        source, holes = open_masked(path, image_size=size, channels=config.data.channels)
+        pictures = source.batch(range(len(source)))["image"]
+        arrays = {"mask": masks.pack(holes)[:, None]}
+
+        def images(numbers: np.ndarray) -> np.ndarray:
+            return pictures[numbers]
+    elif isinstance(condition, Semantic):
+        arrays = {"map": _user_maps(path, condition)}
+    else:
+        boxes, classes = read_layouts(
+            path,
+            num_classes=condition.num_classes,
+            max_objects=condition.max_objects,
+            overlap=config.condition.overlap,
+        )
+        arrays = {"boxes": boxes, "classes": classes}
+    return Given(
+        condition=condition,
+        count=len(next(iter(arrays.values()))),
+        repeats=config.sample.repeats,
+        labels=None,
+        images=images,
+        arrays=lambda numbers, _: {name: array[numbers] for name, array in arrays.items()},
+        codec=codec,
+    )
+
+
+def _user_maps(path: str, condition: Semantic) -> np.ndarray:
+    folder = Path(path).expanduser()
+    files = sorted(folder.glob("*.png"))
+    if not files:
+        raise UserError(f"--config.sample.given={path}: expected a folder of PNG maps")
+    preprocess = Preprocess(image_size=condition.image_size, channels=1)
+    maps = []
+    for file in files:
+        ids = read_ids(file)
+        check_ids(ids, condition.num_classes, str(file))
+        maps.append(fit_map(ids, preprocess))
+    return np.stack(maps)
+
+
+def _annotations(config: ConfigDict, split: str) -> Any:
+    """Maps or layouts of a split's images."""
+    section, images = config.condition, build.images(config, split)
+    options = {"split": split, "path": section.path or ""}
+    if section.kind == "semantic":
+        size, classes = config.data.image_size, section.num_classes
+        return open_maps(section.source, images, image_size=size, num_classes=classes, **options)
+    return open_layouts(section.source, images, max_objects=section.max_objects, **options)
+
+
+def _classes(section: ConfigDict, annotations: Any) -> int:
+    found = getattr(annotations, "num_classes", 0) or len(annotations.class_names)
+    if section.num_classes and found != section.num_classes:
+        raise UserError(
+            f"--config.condition.num_classes={section.num_classes}: {annotations.name} has {found}"
+        )
+    return found
