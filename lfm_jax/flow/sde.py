@@ -47,6 +47,7 @@ def sample_sde(
     num_steps: int = 250,
     grid: str | Sequence[float] = "uniform",
     t_start: float | None = None,
+    differentiable: bool = False,
 ) -> tuple[Float[Array, "b ..."], dict[str, Array]]:
     """Samples with fresh noise on the way; the last step only denoises, ``x0 = x - t v``.
 
@@ -59,6 +60,7 @@ def sample_sde(
             ``ddim``.
         eta: strength of the noise.
         num_steps: intervals of the grid, the denoising one included.
+        differentiable: allow reverse-mode derivatives.
 
     Returns:
         Samples and counts as `lfm_jax.flow.sample` does.
@@ -73,7 +75,8 @@ def sample_sde(
         raise UserError(f"eta: {eta:g} is not {'in [0, 1]' if method == 'ddim' else 'at least 0'}")
     start = velocity.t_max if t_start is None else t_start
     times = make_grid(grid, num_steps, t_max=start)
-    x, stats = _solve(velocity, noise, keys, tuple(times.tolist()), method, float(eta))
+    settings = (tuple(times.tolist()), method, float(eta), differentiable)
+    x, stats = _solve(velocity, noise, keys, *settings)
     nfe = METHODS[method] * (stats.steps - 1) + 1
     return x, {
         "nfe": nfe,
@@ -84,8 +87,8 @@ def sample_sde(
     }
 
 
-@partial(jax.jit, static_argnums=(3, 4, 5))
-def _solve(velocity, noise, keys, times, method, eta):
+@partial(jax.jit, static_argnums=(3, 4, 5, 6))
+def _solve(velocity, noise, keys, times, method, eta, differentiable):
     times = np.asarray(times)
     x, steps = noise, len(times) - 1
     finite = jnp.ones(noise.shape[:1], bool)
@@ -99,7 +102,9 @@ def _solve(velocity, noise, keys, times, method, eta):
             path = Brownian(keys=keys, shape=noise.shape[1:])
             terms = diffrax.MultiTerm(drift, AdditiveNoise(eta=eta, path=path))
             solver = diffrax.Euler() if method == "euler_maruyama" else diffrax.Heun()
-        x, stats = solve_terms(terms, solver, (leaves, keys), noise, times[:-1])
+        x, stats = solve_terms(
+            terms, solver, (leaves, keys), noise, times[:-1], differentiable=differentiable
+        )
     t = jnp.full(x.shape[:1], times[-2])
     x = data_estimate(x, t, velocity(x, t))
     landed = jnp.all(jnp.isfinite(x), axis=tuple(range(1, x.ndim)))
