@@ -11,7 +11,6 @@ context is ``cond.tokens``, or a learned vector of the label when there are none
 """
 
 import math
-from collections.abc import Collection, Mapping
 
 import flax.linen as nn
 import jax
@@ -20,11 +19,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from lfm_jax.errors import UserError
-from lfm_jax.models import conventions, layers, maps
+from lfm_jax.models import layers, maps
+from lfm_jax.models.backbone import UNetBackbone
 from lfm_jax.models.conditioning import Cond
 from lfm_jax.models.maps import FAN_IN, ZERO, Init, conv, dense
-from lfm_jax.models.taps import Injection, Taps
-from lfm_jax.models.unet import check_sides, join_spatial, tap_names
+from lfm_jax.models.taps import Taps
 
 
 def norm(x: Array, name: str, epsilon: float) -> Array:
@@ -112,66 +111,30 @@ class EdmBlock(nn.Module):
         return x + linear(y, c, "mlp_out", self.init_zero)
 
 
-class ADM(nn.Module):
-    """The velocity network; call it as ``model.apply({"params": p}, x, t, cond)``.
+class ADM(UNetBackbone):
+    """The network; its common fields are `Backbone`'s and `UNetBackbone`'s.
 
     Attributes:
-        channels, mult, blocks: width, width factors of the levels, blocks a level.
-        attention_resolutions: sides of the maps that are attended (and always the bottleneck).
         head_channels: channels a head.
         context_dim: width of ``cond.tokens``; > 0 makes each attention a transformer over them.
             Without tokens in the condition the label is the context: one token of this width.
-        out_channels, num_classes, time_scale, convention, attention, remat, dtype: as in `DiT`.
     """
 
-    channels: int = 256
-    mult: tuple[int, ...] = (1, 2, 3, 4)
-    blocks: int = 2
-    attention_resolutions: tuple[int, ...] = (16, 8, 4)
     head_channels: int = 64
-    dropout: float = 0.0
     context_dim: int = 0
-    out_channels: int = 0
-    num_classes: int = 0
-    time_scale: float = 1000.0
-    convention: str = "flow"
-    attention: str = "auto"
-    remat: str = "none"
-    dtype: DTypeLike = jnp.float32
-
-    @property
-    def taps(self) -> tuple[str, ...]:
-        """``down_i`` and ``up_i`` end level i on the way down and up, ``mid`` is the bottleneck."""
-        return tap_names(len(self.mult))
-
-    @property
-    def t_max(self) -> float:
-        return conventions.t_max(self.convention)
 
     @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "b h w c"],
-        t: Float[Array, " b"],
-        cond: Cond | None = None,
-        train: bool = False,
-        capture: Collection[str] = (),
-        inject: Mapping[str, Injection] | None = None,
-    ) -> Float[Array, "b h w o"] | tuple[Float[Array, "b h w o"], dict[str, Array]]:
-        """Velocity at `x`, `t`, in float32; with `capture` also the named hidden states."""
-        check_sides(x, len(self.mult))
-        cond = cond or Cond()
-        taps = Taps(self.taps, capture, inject)
-        out_channels = self.out_channels or x.shape[-1]
-        outer = (x, t)
-        x, t = conventions.enter(self.convention, x, t)
+    def _network(
+        self, x: Array, t: Array, cond: Cond, train: bool, taps: Taps, out_channels: int
+    ) -> Array:
+        self.check_sides(x)
         emb, tokens = self._embed(t, cond)
         emb = emb.astype(self.dtype)
         module, side = maps.remat_module(EdmBlock, self.remat), x.shape[1]
 
         def block(y: Array, level: int, name: str, attend: bool = False, direction="") -> Array:
             keep = direction or name.startswith("mid")
-            width = y.shape[-1] if keep else self.channels * self.mult[level]
+            width = y.shape[-1] if keep else self.width(level)
             if attend and width % self.head_channels:
                 raise UserError(f"head_channels: {self.head_channels} does not divide {width}")
             return module(
@@ -186,8 +149,7 @@ class ADM(nn.Module):
                 name=name,
             )(y, emb, tokens)
 
-        y = join_spatial(x, cond).astype(self.dtype)
-        y = conv(y, self.channels * self.mult[0], "conv_in", dtype=self.dtype)
+        y = conv(x.astype(self.dtype), self.width(0), "conv_in", dtype=self.dtype)
         skips, levels = [y], range(len(self.mult))
         for level in levels:
             attend = side >> level in self.attention_resolutions
@@ -212,8 +174,7 @@ class ADM(nn.Module):
             y = taps(f"up_{level}", y)
 
         y = nn.silu(norm(y, "norm_out", 1e-5))
-        y = conv(y, out_channels, "conv_out", init=ZERO, dtype=self.dtype).astype(jnp.float32)
-        return taps.output(conventions.leave(self.convention, y, *outer))
+        return conv(y, out_channels, "conv_out", init=ZERO, dtype=self.dtype)
 
     def _embed(self, t: Array, cond: Cond) -> tuple[Float[Array, "b e"], Array | None]:
         width = 4 * self.channels

@@ -5,18 +5,17 @@ convolutions padded on the right and bottom only. These are the networks that MM
 BoundaryDiffusion edits; imported, they predict noise (``convention="vp"``).
 """
 
-from collections.abc import Collection, Mapping
-
 import flax.linen as nn
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from lfm_jax.models import conventions, layers, maps
+from lfm_jax.errors import UserError
+from lfm_jax.models import layers, maps
+from lfm_jax.models.backbone import UNetBackbone
 from lfm_jax.models.conditioning import Cond
 from lfm_jax.models.maps import conv, dense, group_norm
-from lfm_jax.models.taps import Injection, Taps
-from lfm_jax.models.unet import check_sides, join_spatial, tap_names
+from lfm_jax.models.taps import Taps
 
 EPSILON = 1e-6
 
@@ -56,56 +55,22 @@ class Attend(nn.Module):
         return x + dense(y, c, "proj", dtype=self.dtype)
 
 
-class DDPM(nn.Module):
-    """The network; call it as ``model.apply({"params": p}, x, t, cond)``.
-
-    Attributes:
-        channels, mult, blocks: width, width factors of the levels, residual blocks a level.
-        attention_resolutions: sides of the maps that are attended (and always the bottleneck).
-        dropout: inside residual blocks while training; needs ``rngs={"dropout": key}``.
-        time_scale, out_channels, convention, attention, remat, dtype: as in `DiT`.
-        num_classes: must stay 0, this network knows no labels.
-    """
+class DDPM(UNetBackbone):
+    """The network; its fields are `Backbone`'s and `UNetBackbone`'s. It knows no labels."""
 
     channels: int = 128
-    mult: tuple[int, ...] = (1, 1, 2, 2, 4, 4)
-    blocks: int = 2
+    mult: tuple[int | float, ...] = (1, 1, 2, 2, 4, 4)
     attention_resolutions: tuple[int, ...] = (16,)
-    dropout: float = 0.0
-    out_channels: int = 0
-    num_classes: int = 0
-    time_scale: float = 1000.0
-    convention: str = "flow"
-    attention: str = "auto"
-    remat: str = "none"
-    dtype: DTypeLike = jnp.float32
-
-    @property
-    def taps(self) -> tuple[str, ...]:
-        """``down_i`` and ``up_i`` end level i on the way down and up, ``mid`` is the bottleneck."""
-        return tap_names(len(self.mult))
-
-    @property
-    def t_max(self) -> float:
-        return conventions.t_max(self.convention)
 
     @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "b h w c"],
-        t: Float[Array, " b"],
-        cond: Cond | None = None,
-        train: bool = False,
-        capture: Collection[str] = (),
-        inject: Mapping[str, Injection] | None = None,
-    ) -> Float[Array, "b h w o"] | tuple[Float[Array, "b h w o"], dict[str, Array]]:
-        """Velocity at `x`, `t`, in float32; with `capture` also the named hidden states."""
-        check_sides(x, len(self.mult))
-        cond = cond or Cond()
-        taps = Taps(self.taps, capture, inject)
-        out_channels = self.out_channels or x.shape[-1]
-        outer = (x, t)
-        x, t = conventions.enter(self.convention, x, t)
+    def _network(
+        self, x: Array, t: Array, cond: Cond, train: bool, taps: Taps, out_channels: int
+    ) -> Array:
+        self.check_sides(x)
+        if self.num_classes:
+            raise UserError(
+                f"num_classes: {self.num_classes}, but ddpm knows no labels; expected 0"
+            )
         emb = layers.sinusoid(t * self.time_scale, self.channels, endpoint=True, sin_first=True)
         emb = dense(
             nn.silu(dense(emb, 4 * self.channels, "time_in")), 4 * self.channels, "time_out"
@@ -115,15 +80,13 @@ class DDPM(nn.Module):
         attend = maps.remat_module(Attend, self.remat)
 
         def block(y: Array, level: int, name: str) -> Array:
-            width = self.channels * self.mult[level]
-            layer = residual(width, self.dropout, train, self.dtype, name=name)
+            layer = residual(self.width(level), self.dropout, train, self.dtype, name=name)
             return layer(y, emb)
 
         def attended(y: Array, name: str) -> Array:
             return attend(self.attention, self.dtype, name=name)(y)
 
-        y = join_spatial(x, cond).astype(self.dtype)
-        y = conv(y, self.channels, "conv_in", dtype=self.dtype)
+        y = conv(x.astype(self.dtype), self.channels, "conv_in", dtype=self.dtype)
         skips, levels = [y], range(len(self.mult))
         here = [x.shape[1] >> level in self.attention_resolutions for level in levels]
         for level in levels:
@@ -149,5 +112,4 @@ class DDPM(nn.Module):
                 y = conv(maps.double(y), y.shape[-1], f"up_{level}_double", dtype=self.dtype)
 
         y = nn.silu(group_norm(y, "norm_out", epsilon=EPSILON))
-        y = conv(y, out_channels, "conv_out", dtype=self.dtype).astype(jnp.float32)
-        return taps.output(conventions.leave(self.convention, y, *outer))
+        return conv(y, out_channels, "conv_out", dtype=self.dtype)

@@ -13,8 +13,6 @@ Parameters of all blocks are stacked ``[depth, ...]`` under ``blocks``, whether 
 (`scan_blocks`: compile time independent of the depth) or unrolled (XLA may fuse across blocks).
 """
 
-from collections.abc import Collection, Mapping
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -23,9 +21,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from lfm_jax.errors import UserError
-from lfm_jax.models import conventions, layers
+from lfm_jax.models import layers
+from lfm_jax.models.backbone import Backbone
 from lfm_jax.models.conditioning import Cond
-from lfm_jax.models.taps import Injection, Taps
+from lfm_jax.models.taps import Taps
 
 # name -> (hidden, depth, heads): table 1 of the paper
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
@@ -77,28 +76,19 @@ class Block(nn.Module):
         return x + gate2[:, None] * dense(d, "mlp_out")(y)
 
 
-class DiT(nn.Module):
-    """The velocity network; call it as ``model.apply({"params": p}, x, t, cond)``.
+class DiT(Backbone):
+    """The network; its common fields are `Backbone`'s.
+
+    With `num_classes` > 0 the label table has one row more, for the null label: it is kept even
+    when labels are never dropped, so that guidance and further training stay possible.
 
     Attributes:
         hidden, depth, heads, patch, mlp_ratio: the size; see `SIZES`.
-        out_channels: channels of the velocity; 0 means those of `x`.
-        num_classes: 0 for no label table, else the table has ``num_classes + 1`` rows, the last of
-            which is the null label (kept even when labels are never dropped, so that guidance and
-            further training stay possible).
         null_row: keep a table of the null row alone when `num_classes` is 0: what LFM's
             unconditional networks carry.
         context_dim: width of ``cond.tokens`` for cross-attention in each block; 0 for none.
-        time_scale: `t` in [0, 1] is multiplied by it before the sinusoids, whose frequencies run
-            from 1 down to 1e-4. 1000 spreads [0, 1] over the range those frequencies were made for;
-            with 1 (what LFM and SiT trained with, hence parity with their weights) most of the
-            embedding is constant over [0, 1] and neighbouring times are hard to tell apart.
         time_endpoint: frequencies end at 1e-4 exactly (diffusers' reading), not one step above.
-        convention: time and target that the parameters were trained with; see `conventions`.
-        attention: ``auto``, ``xla`` or ``cudnn``; see `layers.attention`.
-        remat: what is kept of a block for the backward pass; a name of `layers.REMAT_POLICIES`.
         scan_blocks: scan over the blocks or unroll them; parameters are the same.
-        dtype: of activations; parameters are float32.
     """
 
     hidden: int = 384
@@ -106,54 +96,22 @@ class DiT(nn.Module):
     heads: int = 6
     patch: int = 2
     mlp_ratio: float = 4.0
-    out_channels: int = 0
-    num_classes: int = 0
     null_row: bool = False
     context_dim: int = 0
-    time_scale: float = 1000.0
     time_endpoint: bool = False
-    convention: str = "flow"
-    attention: str = "auto"
-    remat: str = "none"
     scan_blocks: bool = True
-    dtype: DTypeLike = jnp.float32
 
     @property
     def taps(self) -> tuple[str, ...]:
         """Names of the hidden states: ``block_i`` is the output ``[b, t, d]`` of block i."""
         return tuple(f"block_{i:02d}" for i in range(self.depth))
 
-    @property
-    def t_max(self) -> float:
-        """The largest time at which the velocity is defined (below 1 for imported VP networks)."""
-        return conventions.t_max(self.convention)
-
     @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "b h w c"],
-        t: Float[Array, " b"],
-        cond: Cond | None = None,
-        train: bool = False,
-        capture: Collection[str] = (),
-        inject: Mapping[str, Injection] | None = None,
-    ) -> Float[Array, "b h w o"] | tuple[Float[Array, "b h w o"], dict[str, Array]]:
-        """Velocity at `x`, `t`, in float32; with `capture` also the named hidden states.
-
-        Raises:
-            UserError: a latent whose sides the patch does not divide, heads that do not divide the
-                hidden size, missing context tokens, an unknown tap, backend or policy.
-        """
+    def _network(
+        self, x: Array, t: Array, cond: Cond, train: bool, taps: Taps, out_channels: int
+    ) -> Array:
         self._check(x, cond)
-        cond = cond or Cond()
-        taps = Taps(self.taps, capture, inject)
-        out_channels = self.out_channels or x.shape[-1]
         grid = (x.shape[1] // self.patch, x.shape[2] // self.patch)
-        outer = (x, t)
-        x, t = conventions.enter(self.convention, x, t)
-        if cond.spatial is not None:
-            x = jnp.concatenate([x, cond.spatial.astype(x.dtype)], axis=-1)
-
         tokens = layers.patchify(x, self.patch)
         tokens = layers.Dense(self.hidden, dtype=self.dtype, name="patch")(tokens)
         tokens = tokens + layers.position_table(*grid, self.hidden).astype(self.dtype)
@@ -166,10 +124,9 @@ class DiT(nn.Module):
         head = layers.Dense(
             self.patch**2 * out_channels, init=zeros, dtype=self.dtype, name="final_out"
         )
-        output = layers.unpatchify(head(tokens).astype(jnp.float32), self.patch, grid)
-        return taps.output(conventions.leave(self.convention, output, *outer))
+        return layers.unpatchify(head(tokens).astype(jnp.float32), self.patch, grid)
 
-    def _check(self, x: Array, cond: Cond | None) -> None:
+    def _check(self, x: Array, cond: Cond) -> None:
         layers.check_attention(self.attention)
         if x.shape[1] % self.patch or x.shape[2] % self.patch:
             raise UserError(
@@ -177,7 +134,7 @@ class DiT(nn.Module):
             )
         if self.hidden % self.heads:
             raise UserError(f"heads: {self.heads} does not divide hidden={self.hidden}")
-        if self.context_dim and (cond is None or cond.tokens is None):
+        if self.context_dim and cond.tokens is None:
             raise UserError("cond.tokens: this network (context_dim > 0) needs context tokens")
 
     def _condition(self, t: Array, cond: Cond) -> Float[Array, "b d"]:

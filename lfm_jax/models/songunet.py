@@ -8,20 +8,18 @@ time embedding added before the second norm, residual sums scaled by ``sqrt 1/2`
 """
 
 import math
-from collections.abc import Collection, Mapping
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from lfm_jax.models import conventions, layers, maps
+from lfm_jax.models import layers, maps
 from lfm_jax.models.adm import EdmBlock, norm
+from lfm_jax.models.backbone import UNetBackbone
 from lfm_jax.models.conditioning import Cond
 from lfm_jax.models.maps import Init, conv, dense
-from lfm_jax.models.taps import Injection, Taps
-from lfm_jax.models.unet import check_sides, join_spatial, tap_names
+from lfm_jax.models.taps import Taps
 
 XAVIER = Init("xavier", bias=0.0)
 NEARLY_ZERO = Init("xavier", weight=1e-5, bias=0.0)
@@ -29,70 +27,38 @@ FOURIER_SCALE = 16.0
 EPSILON = 1e-6
 
 
-class SongUNet(nn.Module):
-    """The velocity network; call it as ``model.apply({"params": p}, x, t, cond)``.
+class SongUNet(UNetBackbone):
+    """The network; its common fields are `Backbone`'s and `UNetBackbone`'s.
 
     Attributes:
-        channels, mult, blocks, attention_resolutions: as in `ADM`.
         embedding: ``positional`` or ``fourier``; the latter sees t in [0, 1] whatever `time_scale`,
             its frequencies are drawn once with standard deviation 16.
         encoder: ``standard`` or ``residual``.
         filter_taps: of the resampling filter.
         noise_mult: width of the embedding in units of `channels`.
-        out_channels, num_classes, time_scale, convention, attention, remat, dtype: as in `DiT`.
-            The null label is the zero one-hot.
     """
 
     channels: int = 128
-    mult: tuple[int, ...] = (2, 2, 2)
+    mult: tuple[int | float, ...] = (2, 2, 2)
     blocks: int = 4
     attention_resolutions: tuple[int, ...] = (16,)
-    dropout: float = 0.0
     embedding: str = "positional"
     encoder: str = "standard"
     filter_taps: tuple[int, ...] = (1, 1)
     noise_mult: int = 1
-    out_channels: int = 0
-    num_classes: int = 0
-    time_scale: float = 1000.0
-    convention: str = "flow"
-    attention: str = "auto"
-    remat: str = "none"
-    dtype: DTypeLike = jnp.float32
-
-    @property
-    def taps(self) -> tuple[str, ...]:
-        """``down_i`` and ``up_i`` end level i on the way down and up, ``mid`` is the bottleneck."""
-        return tap_names(len(self.mult))
-
-    @property
-    def t_max(self) -> float:
-        return conventions.t_max(self.convention)
 
     @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "b h w c"],
-        t: Float[Array, " b"],
-        cond: Cond | None = None,
-        train: bool = False,
-        capture: Collection[str] = (),
-        inject: Mapping[str, Injection] | None = None,
-    ) -> Float[Array, "b h w o"] | tuple[Float[Array, "b h w o"], dict[str, Array]]:
-        """Velocity at `x`, `t`, in float32; with `capture` also the named hidden states."""
-        check_sides(x, len(self.mult))
-        cond = cond or Cond()
-        taps = Taps(self.taps, capture, inject)
-        out_channels = self.out_channels or x.shape[-1]
-        outer = (x, t)
-        x, t = conventions.enter(self.convention, x, t)
+    def _network(
+        self, x: Array, t: Array, cond: Cond, train: bool, taps: Taps, out_channels: int
+    ) -> Array:
+        self.check_sides(x)
         emb = self._embed(t, cond).astype(self.dtype)
         module, side = maps.remat_module(EdmBlock, self.remat), x.shape[1]
 
         def block(y: Array, level: int, name: str, attend: bool = False, direction="") -> Array:
             keep = direction or name.startswith("mid")
             return module(
-                y.shape[-1] if keep else self.channels * self.mult[level],
+                y.shape[-1] if keep else self.width(level),
                 direction=direction,
                 filter_taps=tuple(self.filter_taps),
                 heads=int(attend),
@@ -110,7 +76,7 @@ class SongUNet(nn.Module):
                 name=name,
             )(y, emb)
 
-        aux = join_spatial(x, cond).astype(self.dtype)
+        aux = x.astype(self.dtype)
         y = conv(aux, self.channels, "conv_in", init=XAVIER, dtype=self.dtype)
         skips, levels = [y], range(len(self.mult))
         for level in levels:
@@ -138,9 +104,7 @@ class SongUNet(nn.Module):
             y = taps(f"up_{level}", y)
 
         y = nn.silu(norm(y, "norm_out", EPSILON))
-        y = conv(y, out_channels, "conv_out", init=NEARLY_ZERO, dtype=self.dtype)
-        velocity = conventions.leave(self.convention, y.astype(jnp.float32), *outer)
-        return taps.output(velocity)
+        return conv(y, out_channels, "conv_out", init=NEARLY_ZERO, dtype=self.dtype)
 
     def _residual(self, y: Array, aux: Array, name: str) -> Array:
         """Convolve the running input and halve it; the filter's margin is convolved too."""

@@ -12,18 +12,17 @@ the published code does: "16 8" on a 32x32 latent then means attention at 4x4 (f
 Weights published with LFM need ``factor``.
 """
 
-from collections.abc import Collection, Mapping
-
 import flax.linen as nn
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from lfm_jax.errors import UserError
-from lfm_jax.models import conventions, layers, maps
+from lfm_jax.models import layers, maps
+from lfm_jax.models.backbone import UNetBackbone
 from lfm_jax.models.conditioning import Cond
 from lfm_jax.models.maps import ZERO, conv, dense, group_norm
-from lfm_jax.models.taps import Injection, Taps
+from lfm_jax.models.taps import Taps
 
 READINGS = ("resolution", "factor")
 
@@ -108,78 +107,40 @@ class SpatialTransformer(nn.Module):
         return x + dense(y, c, "proj_out", init=ZERO, dtype=self.dtype)
 
 
-class UNet(nn.Module):
-    """The velocity network; call it as ``model.apply({"params": p}, x, t, cond)``.
+class UNet(UNetBackbone):
+    """The network; its common fields are `Backbone`'s and `UNetBackbone`'s.
+
+    The label table has ``num_classes + 1`` rows, the last for the null label.
 
     Attributes:
-        channels: width of the first level; level i has ``channels * mult[i]``.
-        mult, blocks: width factors of the levels, residual blocks a level (one more going up).
-        attention_resolutions, attention_reading: where to attend; see the module's docstring.
+        attention_reading: of `attention_resolutions`; see the module's docstring.
         heads, head_channels: heads of an attention; `head_channels` > 0 gives ``width /
             head_channels`` of them instead.
-        scale_shift, resblock_updown, dropout: of the residual blocks.
+        scale_shift, resblock_updown: of the residual blocks.
         context_dim, transformer_depth: with a context width > 0, attention is a transformer with
             cross-attention to ``cond.tokens``.
-        out_channels, num_classes, time_scale, convention, attention, remat, dtype: as in `DiT`.
-            The label table has ``num_classes + 1`` rows.
     """
 
-    channels: int = 256
-    mult: tuple[int, ...] = (1, 2, 3, 4)
-    blocks: int = 2
     attention_resolutions: tuple[int, ...] = (16, 8)
     attention_reading: str = "resolution"
     heads: int = 4
     head_channels: int = 0
     scale_shift: bool = True
     resblock_updown: bool = False
-    dropout: float = 0.0
     context_dim: int = 0
     transformer_depth: int = 3
-    out_channels: int = 0
-    num_classes: int = 0
-    time_scale: float = 1000.0
-    convention: str = "flow"
-    attention: str = "auto"
-    remat: str = "none"
-    dtype: DTypeLike = jnp.float32
-
-    @property
-    def taps(self) -> tuple[str, ...]:
-        """``down_i`` and ``up_i`` end level i on the way down and up, ``mid`` is the bottleneck."""
-        return tap_names(len(self.mult))
-
-    @property
-    def t_max(self) -> float:
-        return conventions.t_max(self.convention)
 
     @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "b h w c"],
-        t: Float[Array, " b"],
-        cond: Cond | None = None,
-        train: bool = False,
-        capture: Collection[str] = (),
-        inject: Mapping[str, Injection] | None = None,
-    ) -> Float[Array, "b h w o"] | tuple[Float[Array, "b h w o"], dict[str, Array]]:
-        """Velocity at `x`, `t`, in float32; with `capture` also the named hidden states.
-
-        Raises:
-            UserError: a latent that cannot be halved often enough, missing tokens, an unknown tap.
-        """
-        check_sides(x, len(self.mult))
+    def _network(
+        self, x: Array, t: Array, cond: Cond, train: bool, taps: Taps, out_channels: int
+    ) -> Array:
+        self.check_sides(x)
         if self.attention_reading not in READINGS:
             raise UserError(
                 f"attention_reading: {self.attention_reading!r} is none of {', '.join(READINGS)}"
             )
-        cond = cond or Cond()
         if self.context_dim and cond.tokens is None:
             raise UserError("cond.tokens: this network (context_dim > 0) needs context tokens")
-        taps = Taps(self.taps, capture, inject)
-        out_channels = self.out_channels or x.shape[-1]
-        outer = (x, t)
-        x, t = conventions.enter(self.convention, x, t)
         emb = self._embed(t, cond).astype(self.dtype)
         res_block = maps.remat_module(ResBlock, self.remat)
         common = {
@@ -192,11 +153,10 @@ class UNet(nn.Module):
         def block(
             y: Array, level: int, name: str, direction: str = "", keep: bool = False
         ) -> Array:
-            width = y.shape[-1] if keep else self.channels * self.mult[level]
+            width = y.shape[-1] if keep else self.width(level)
             return res_block(width, direction=direction, name=name, **common)(y, emb)
 
-        y = join_spatial(x, cond).astype(self.dtype)
-        y = conv(y, self.channels * self.mult[0], "conv_in", dtype=self.dtype)
+        y = conv(x.astype(self.dtype), self.width(0), "conv_in", dtype=self.dtype)
         skips, levels = [y], range(len(self.mult))
         for level in levels:
             for i in range(self.blocks):
@@ -230,8 +190,7 @@ class UNet(nn.Module):
                     y = conv(maps.double(y), y.shape[-1], name, dtype=self.dtype)
 
         y = nn.silu(group_norm(y, "norm_out"))
-        y = conv(y, out_channels, "conv_out", init=ZERO, dtype=self.dtype).astype(jnp.float32)
-        return taps.output(conventions.leave(self.convention, y, *outer))
+        return conv(y, out_channels, "conv_out", init=ZERO, dtype=self.dtype)
 
     def _embed(self, t: Array, cond: Cond) -> Float[Array, "b e"]:
         width = 4 * self.channels
@@ -262,25 +221,3 @@ class UNet(nn.Module):
             module = maps.remat_module(SpatialTransformer, self.remat)
             return module(depth=self.transformer_depth, **common)(y, cond.tokens)
         return maps.remat_module(AttentionBlock, self.remat)(**common)(y)
-
-
-def tap_names(levels: int) -> tuple[str, ...]:
-    """The hidden states that every U-Net of this package names, in order."""
-    down = [f"down_{i}" for i in range(levels)]
-    return (*down, "mid", *(f"up_{i}" for i in reversed(range(levels))))
-
-
-def check_sides(x: Array, levels: int) -> None:
-    factor = 2 ** (levels - 1)
-    if x.shape[1] % factor or x.shape[2] % factor:
-        raise UserError(
-            f"mult: {levels} levels need sides divisible by {factor}, the latent has "
-            f"{x.shape[1]}x{x.shape[2]}"
-        )
-
-
-def join_spatial(x: Array, cond: Cond) -> Array:
-    """The condition's map, when there is one, as further input channels."""
-    if cond.spatial is None:
-        return x
-    return jnp.concatenate([x, cond.spatial.astype(x.dtype)], axis=-1)
