@@ -29,8 +29,12 @@ from lfm_jax.writers import write_json
 
 # The parts of a config that the arrays in a workdir are bound to. What is left out may change
 # between two runs in one workdir (how long, how often, how to sample, how to measure).
-_FREE_TRAIN = ("steps", "log_every", "save_every", "keep", "preview_every", "in_memory")
-_FREE_AUTOENCODER = ("steps",)
+FREE_TRAIN = (
+    *("log_every", "save_every", "keep", "keep_every", "keep_best", "nonfinite"),
+    *("in_memory", "preview_every", "evaluate_every", "evaluate_samples"),
+)
+_FREE_AUTOENCODER = ("steps", "decode_dtype", "decode_slice", "preview")
+_FREE_ENCODE = ("batch_size", "workers")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,14 +210,20 @@ def on_main_process(action: Callable[[], None]) -> None:
 def identity(config: ConfigDict) -> dict[str, Any]:
     """The part of a config that the checkpoints and caches of a workdir are bound to."""
     full = config_lib.to_json(config)
-    for key in _FREE_TRAIN:
+    for key in ("steps", *FREE_TRAIN):
         del full["train"][key]
     for key in _FREE_AUTOENCODER:
         del full["autoencoder"][key]
-    del full["encode"]["batch_size"]
+    for key in _FREE_ENCODE:
+        del full["encode"][key]
     del full["data"]["path"]
     del full["data"]["class_names"]
-    kept = ("seed", "loss", "data", "autoencoder", "encode", "model", "train")
+    del full["condition"]["path"]
+    kept = ("seed", "loss", "data", "autoencoder", "encode", "condition", "model", "train")
+    if full["loss"] == "mmd":
+        # Where the shared feature networks lie is no property of what they made.
+        full["mmd"] = {k: v for k, v in full["mmd"].items() if k != "networks"}
+        kept = (*kept, "mmd")
     return {key: full[key] for key in kept}
 
 

@@ -50,6 +50,12 @@ def params_of():
 
 # name, latent, input channels, millions, giga MACs, fields
 ADM1024 = {"mult": (1, 1, 2, 2, 4, 4), "attention_resolutions": (16, 8)}
+GUIDED = {
+    "attention_resolutions": (32, 16, 8),
+    "head_channels": 64,
+    "resblock_updown": True,
+    "num_classes": 1000,
+}
 COUNTS = [
     ("adm", LATENT, 0, "406.4", "36.5", {}),
     ("adm", LATENT, 0, "407.4", None, {"num_classes": 1000}),
@@ -60,6 +66,18 @@ COUNTS = [
     ("unet", LATENT, 9, "356.08", None, FACTOR),
     ("unet", LATENT, 8, "356.07", None, FACTOR),
     ("unet_context", LATENT, 0, "879.6", None, FACTOR),
+    # ADM's own table, classes included: ImageNet 64, 128, 256 and 512.
+    ("unet", (64, 64, 3), 0, "296", None, {**GUIDED, "channels": 192, "blocks": 3}),
+    (
+        "unet",
+        (128, 128, 3),
+        0,
+        "422",
+        None,
+        {**GUIDED, "mult": (1, 1, 2, 3, 4), "head_channels": 0},
+    ),
+    ("unet", (256, 256, 3), 0, "554", None, {**GUIDED, "mult": (1, 1, 2, 2, 4, 4)}),
+    ("unet", (512, 512, 3), 0, "559", None, {**GUIDED, "mult": (0.5, 1, 1, 2, 2, 4, 4)}),
     # DDPM's own table: CIFAR-10 35.7 M, LSUN and CelebA-HQ 256 114 M; CelebA 64 of DDIM 78.7 M.
     ("ddpm", (32, 32, 3), 0, "35.7", None, {"mult": (1, 2, 2, 2)}),
     ("ddpm", (64, 64, 3), 0, "78.7", None, {"mult": (1, 2, 2, 2, 4)}),

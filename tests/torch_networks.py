@@ -194,7 +194,7 @@ class GuidedUNet(nn.Module):
         head_channels=0,
     ):
         super().__init__()
-        emb, width, ds = 4 * channels, channels * mult[0], 1
+        emb, width, ds = 4 * channels, int(channels * mult[0]), 1
         self.channels = channels
         self.time_embed = nn.Sequential(nn.Linear(channels, emb), nn.SiLU(), nn.Linear(emb, emb))
         if classes:
@@ -207,8 +207,8 @@ class GuidedUNet(nn.Module):
         skips = [width]
         for level, m in enumerate(mult):
             for _ in range(blocks):
-                parts = [GuidedRes(width, m * channels, emb, film)]
-                width = m * channels
+                parts = [GuidedRes(width, int(m * channels), emb, film)]
+                width = int(m * channels)
                 parts += [attention(width)] if ds in factors else []
                 self.input_blocks.append(Chain(parts))
                 skips.append(width)
@@ -222,8 +222,8 @@ class GuidedUNet(nn.Module):
         self.output_blocks = nn.ModuleList()
         for level, m in reversed(list(enumerate(mult))):
             for i in range(blocks + 1):
-                parts = [GuidedRes(width + skips.pop(), m * channels, emb, film)]
-                width = m * channels
+                parts = [GuidedRes(width + skips.pop(), int(m * channels), emb, film)]
+                width = int(m * channels)
                 parts += [attention(width)] if ds in factors else []
                 if level and i == blocks:
                     parts.append(GuidedRes(width, width, emb, film, "up") if inside else Up(width))

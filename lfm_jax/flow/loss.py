@@ -122,6 +122,7 @@ def flow_matching_loss(
         raise UserError(f"label_drop: {label_drop:g} is not in [0, 1)")
     if logit_std <= 0:
         raise UserError(f"logit_std: {logit_std:g} is not above 0")
+    t_max = getattr(model, "t_max", 1.0)
 
     def loss(params, batch, key):
         position = batch["position"]
@@ -133,6 +134,8 @@ def flow_matching_loss(
             logit_mean=logit_mean,
             logit_std=logit_std,
         )
+        if t_max < 1:  # a converted diffusion network: its noise ends there
+            t = t * t_max
         cond = None
         if condition is not None:
             cond = condition(params, batch, key)

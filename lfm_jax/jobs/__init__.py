@@ -25,6 +25,8 @@ JOBS: dict[str, tuple[str, str]] = {
     "evaluate": ("evaluate", "measure the samples against held-out real images"),
     "edit": ("edit", "move images across the boundary of an attribute, without training"),
     "reconstruct": ("reconstruct", "judge the autoencoder: PSNR, SSIM, rFD, a picture"),
+    "classifier": ("classify", "train the classifier of noisy latents, for classifier guidance"),
+    "diagnose": ("diagnose", "bound, likelihood, inversion and cost of the trained flow"),
     "reference": ("reference", "write the statistics of real images for later comparisons"),
     "compare": ("compare", "show this run and others side by side on one HTML page"),
     "convert": ("convert", "fill the network with another project's weights"),
@@ -42,8 +44,10 @@ def run_job(name: str, config: ConfigDict, workdir: str) -> dict[str, Any]:
         raise UserError(f"--job={name}: expected one of {', '.join(JOBS)}")
     folder = Workdir(epath.Path(workdir))
     job = importlib.import_module(f"lfm_jax.jobs.{JOBS[name][0]}")
+    origin = importlib.import_module("lfm_jax.jobs.origin")
     with preemption.stops_at_once(name), held(folder, name):
         claim(folder, config)
+        origin.adopt(config, folder)
         return finish(job, name, config, folder, job.run(config, folder))
 
 

@@ -116,15 +116,14 @@ def norm(path: str, name: str) -> list[Binding]:
     ]
 
 
-def to_params(file: TensorFile, bindings: Iterable[Binding], shapes: Any) -> dict:
-    """The parameter tree of `shapes` (of arrays or `jax.ShapeDtypeStruct`) from the file's tensors.
+def check(file: TensorFile, bindings: Iterable[Binding], shapes: Any) -> None:
+    """Refuse a file whose tensors are not, one by one, those of the parameters of `shapes`.
 
     Raises:
         UserError: the first tensor that is missing, has another shape, or is left over.
     """
     expected = paths(shapes)
-    flat: dict[tuple[str, ...], Any] = {}
-    used = set()
+    used, filled = set(), set()
     for binding in bindings:
         if binding.path not in expected:
             raise UserError(
@@ -132,24 +131,16 @@ def to_params(file: TensorFile, bindings: Iterable[Binding], shapes: Any) -> dic
                 f"({'/'.join(binding.path)})"
             )
         shape = expected[binding.path]
-        block = shape[1:] if binding.index >= 0 else shape
-        parts = [file.need(name) for name in binding.names]
-        for name, part, want in zip(
-            binding.names, parts, _their_shapes(binding, block), strict=True
-        ):
-            if part.shape != want:
+        wanted = _their_shapes(binding, shape[1:] if binding.index >= 0 else shape)
+        for name, want in zip(binding.names, wanted, strict=True):
+            found = file.need(name).shape
+            if found != want:
                 raise UserError(
-                    f"{file.path}: tensor {name!r} has shape {list(part.shape)}, this network "
-                    f"takes {list(want)}: another size?"
+                    f"{file.path}: tensor {name!r} has shape {list(found)}, this network takes "
+                    f"{list(want)}: another size?"
                 )
         used.update(binding.names)
-        value = np.concatenate([binding.layout.to_ours(part) for part in parts], axis=-1)
-        if binding.index >= 0:
-            if binding.path not in flat:
-                flat[binding.path] = np.empty(shape, np.float32)
-            flat[binding.path][binding.index] = value
-        else:
-            flat[binding.path] = np.ascontiguousarray(value)
+        filled.add(binding.path)
     for name, value in file.tensors.items():
         if name not in used:
             raise UserError(
@@ -157,8 +148,28 @@ def to_params(file: TensorFile, bindings: Iterable[Binding], shapes: Any) -> dic
                 "another size or family?"
             )
     for path in expected:
-        if path not in flat:
+        if path not in filled:
             raise UserError(f"{file.path}: nothing in this family fills {'/'.join(path)}")
+
+
+def to_params(file: TensorFile, bindings: list[Binding], shapes: Any) -> dict:
+    """The parameter tree of `shapes` (of arrays or `jax.ShapeDtypeStruct`) from the file's tensors.
+
+    Raises:
+        UserError: see `check`.
+    """
+    check(file, bindings, shapes)
+    expected = paths(shapes)
+    flat: dict[tuple[str, ...], Any] = {}
+    for binding in bindings:
+        parts = [binding.layout.to_ours(file.tensors[name]) for name in binding.names]
+        value = np.concatenate(parts, axis=-1)
+        if binding.index < 0:
+            flat[binding.path] = np.ascontiguousarray(value)
+            continue
+        if binding.path not in flat:
+            flat[binding.path] = np.empty(expected[binding.path], np.float32)
+        flat[binding.path][binding.index] = value
     return _nest(flat)
 
 

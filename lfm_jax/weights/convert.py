@@ -16,7 +16,7 @@ from typing import Any
 import flax.linen as nn
 
 from lfm_jax.errors import UserError
-from lfm_jax.models import create_model
+from lfm_jax.models import NAMES, create_model
 from lfm_jax.weights import adm, ddpm, dit, unet
 from lfm_jax.weights.bindings import to_params, to_tensors
 from lfm_jax.weights.family import Family, shapes_of
@@ -58,7 +58,9 @@ def import_torch(
     file: str | os.PathLike,
     *,
     weights: str = "auto",
+    sha256: str = "",
     model: nn.Module | None = None,
+    name: str = "",
     **overrides: Any,
 ) -> Imported:
     """Recognise the network in a file of `family` and read its parameters.
@@ -67,23 +69,29 @@ def import_torch(
         family: a name of `FAMILIES`.
         file: path or URL; downloads are kept in the user's cache.
         weights: ``ema``, ``raw`` or ``auto`` (EMA where the file has it).
-        model: the network to be filled, where it is known: a file of another size is refused.
-        overrides: fields that a file does not tell, e.g. ``heads`` of an unpublished size.
+        sha256: checksum (hex) that the file must have; empty: not checked.
+        model: the network to be filled, where it is at hand: a file of another size is refused.
+        name: of the network that the file must hold, e.g. "DiT-L/2"; empty: whatever it holds.
+        overrides: fields that the network must have: ``heads`` of an unpublished size, which a file
+            does not tell, or a size, which it does.
 
     Raises:
         UserError: naming the first tensor that is missing, too many or of another shape; a pickle
-            with code in it; an unknown family.
+            with code in it; an unknown family; another checksum.
     """
     chosen = _family(family)
-    content = chosen.clean(read_tensors(file, weights=weights))
-    network = chosen.recognise(content)
-    network = dataclasses.replace(network, overrides={**network.overrides, **overrides})
-    filled = network.model() if model is None else model
-    if not isinstance(filled, type(network.model())):
+    content = chosen.clean(read_tensors(file, weights=weights, sha256=sha256))
+    found = chosen.recognise(content)
+    kind = NAMES[found.name][0]
+    preset = NAMES[name][1] if name in NAMES else {}
+    network = dataclasses.replace(found, overrides={**found.overrides, **preset, **overrides})
+    wanted = create_model(name) if name and model is None else model
+    if wanted is not None and not isinstance(wanted, kind):
         raise UserError(
-            f"{file}: a {family} file holds a {type(network.model()).__name__}, the model is a "
-            f"{type(filled).__name__}"
+            f"{file}: a {family} file holds a network of the kind {found.name!r} "
+            f"({kind.__name__}), the model is a {type(wanted).__name__}"
         )
+    filled = network.model() if model is None else model
     shapes = shapes_of(filled, network)
     bindings = chosen.bindings(filled, shapes, network.latent_shape[0])
     return Imported(
@@ -103,10 +111,11 @@ def load_torch(
     file: str | os.PathLike,
     *,
     weights: str = "auto",
+    sha256: str = "",
     model: nn.Module | None = None,
 ) -> dict:
     """The parameters in a file of `family`; `import_torch` tells what the network is, too."""
-    return import_torch(family, file, weights=weights, model=model).params
+    return import_torch(family, file, weights=weights, sha256=sha256, model=model).params
 
 
 def save_torch(

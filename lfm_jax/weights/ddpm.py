@@ -5,6 +5,7 @@ A file does not say how large its images are: levels are attended at 16x16 in ev
 which tells the side.
 """
 
+import re
 from functools import partial
 
 import flax.linen as nn
@@ -12,7 +13,7 @@ import flax.linen as nn
 from lfm_jax.errors import UserError
 from lfm_jax.models.ddpm import DDPM
 from lfm_jax.weights.bindings import CONV, CONV1X1, LINEAR, Binding, Layout, layer, norm
-from lfm_jax.weights.family import Family, Network
+from lfm_jax.weights.family import Family, Network, renamed
 from lfm_jax.weights.files import TensorFile
 
 ATTENDED = 16
@@ -47,6 +48,15 @@ DIFFUSERS = {
     "attention": ("group_norm", "to_q", "to_k", "to_v", "to_out.0"),
     "upside": True,  # counts the levels of the way up from the bottom
 }
+
+
+OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def _new_names(file: TensorFile) -> TensorFile:
+    """diffusers' files before 2023, such as google/ddpm-*, call attention's layers otherwise."""
+    old = re.compile(r"(attentions\.\d+)\.(query|key|value|proj_attn)\.")
+    return renamed(file, lambda n: old.sub(lambda m: f"{m[1]}.{OLD_ATTENTION[m[2]]}.", n))
 
 
 def _recognise(names: dict, file: TensorFile) -> Network:
@@ -152,7 +162,7 @@ FAMILIES = {
         export=_export,
     ),
     "diffusers-ddpm": Family(
-        clean=lambda file: file,
+        clean=_new_names,
         recognise=partial(_recognise, DIFFUSERS),
         bindings=partial(_bindings, DIFFUSERS, LINEAR),
         export=_export,

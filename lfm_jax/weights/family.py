@@ -72,6 +72,12 @@ def without(file: TensorFile, drop: Callable[[str], bool]) -> TensorFile:
     return dataclasses.replace(file, tensors=kept)
 
 
+def renamed(file: TensorFile, rename: Callable[[str], str]) -> TensorFile:
+    """The file with every tensor under the name that `rename` gives it."""
+    tensors = {rename(name): value for name, value in file.tensors.items()}
+    return dataclasses.replace(file, tensors=tensors)
+
+
 def replaced(file: TensorFile, tensors: dict[str, np.ndarray]) -> TensorFile:
     """The file with some tensors put in the place of others."""
     return dataclasses.replace(file, tensors={**file.tensors, **tensors})

@@ -7,6 +7,7 @@ DDIM's list ``[model, optimizer, epoch, step, ema]``, names with or without ``mo
 
 import dataclasses
 import hashlib
+import http.client
 import os
 import tempfile
 import urllib.request
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 from absl import logging
+from tqdm import tqdm
 
 from lfm_jax.errors import UserError
 
@@ -44,22 +46,26 @@ class TensorFile:
         return self.tensors[name]
 
 
-def read_tensors(file: str | os.PathLike, *, weights: str = "auto") -> TensorFile:
+def read_tensors(file: str | os.PathLike, *, weights: str = "auto", sha256: str = "") -> TensorFile:
     """Read a local file or a URL (kept in the user's cache) into named float32 arrays.
 
     Args:
         weights: ``ema``, ``raw`` or ``auto`` (EMA where the file has it).
+        sha256: checksum (hex) that the file must have; empty: not checked.
 
     Raises:
-        UserError: no such file or set of weights, not a weights file, a pickle that holds code.
+        UserError: no such file or set of weights, another checksum, not a weights file, a pickle
+            that holds code.
     """
     if weights not in CHOICES:
         raise UserError(f"weights: {weights!r} is none of {', '.join(CHOICES)}")
     path = _local(str(file))
     if not path.is_file():
         raise UserError(f"{file}: no such file")
-    sha256 = _sha256(path)
-    logging.info("%s: sha256 %s", file, sha256)
+    found = _sha256(path)
+    logging.info("%s: sha256 %s", file, found)
+    if sha256 and found != sha256.lower():
+        raise UserError(f"{file}: sha256 is {found}, expected {sha256}")
     if path.suffix == ".safetensors":
         from safetensors.numpy import load_file
 
@@ -74,7 +80,7 @@ def read_tensors(file: str | os.PathLike, *, weights: str = "auto") -> TensorFil
         if all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): value for name, value in state.items()}
     tensors = {name: _array(value) for name, value in state.items()}
-    return TensorFile(path=str(file), tensors=tensors, sha256=sha256, weights=taken)
+    return TensorFile(path=str(file), tensors=tensors, sha256=found, weights=taken)
 
 
 def write_tensors(tensors: Mapping[str, np.ndarray], file: str | os.PathLike) -> None:
@@ -190,9 +196,32 @@ def _local(file: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            urllib.request.urlretrieve(file, part)
-        except OSError as error:
+            _download(file, part)
+            os.replace(part, path)
+        finally:
             part.unlink(missing_ok=True)
-            raise UserError(f"{file}: download failed ({error})") from error
-        os.replace(part, path)
     return path
+
+
+def _download(url: str, path: Path) -> None:
+    try:
+        with (
+            urllib.request.urlopen(url, timeout=60) as answer,
+            open(path, "wb") as stream,
+            tqdm(desc=path.name[1:], unit="B", unit_scale=True, total=answer.length) as bar,
+        ):
+            while block := answer.read(1 << 20):
+                stream.write(block)
+                bar.update(len(block))
+            page = answer.headers.get_content_type() == "text/html"
+            left = answer.length
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise UserError(f"{url}: download failed ({error})") from error
+    if left:
+        raise UserError(f"{url}: download failed ({left} bytes are missing)")
+    if page:
+        # What a site answers that wants a click or a login first.
+        raise UserError(
+            f"{url}: the answer is a web page, not a file of weights; download it by hand and "
+            "give its path"
+        )

@@ -1,8 +1,9 @@
 """Guided-diffusion U-Net files: OpenAI's (noise prediction, 1000 steps) and LFM's "origin ADM".
 
 Blocks are numbered in the order they are built, down and up. The fused q, k, v comes in (head, qkv,
-channel) order. Attention is where the file has it, told as downsampling factors. The label table
-has no null row: one of zeros is added here and left out again in the file.
+channel) order; in OpenAI's 64x64 network, which also has the cosine schedule, in ours. Attention is
+where the file has it, told as downsampling factors. The label table has no null row: one of zeros
+is added here and left out again in the file.
 """
 
 import re
@@ -37,7 +38,7 @@ def _clean(file: TensorFile) -> TensorFile:
     return replaced(file, {"out.2.weight": weight[:half], "out.2.bias": bias[:half]})
 
 
-def _recognise(overrides: dict, file: TensorFile) -> Network:
+def _recognise(name: str, overrides: dict, file: TensorFile) -> Network:
     channels = file.need("time_embed.0.weight").shape[1]
     first = file.need("input_blocks.0.0.weight")
     ups = [n for n in file.tensors if re.match(r"output_blocks\.\d+\.[12]\.conv\.weight", n)]
@@ -51,7 +52,8 @@ def _recognise(overrides: dict, file: TensorFile) -> Network:
     for level in range(levels):
         start = 1 + level * (blocks + 1)
         width = file.need(f"input_blocks.{start}.0.in_layers.2.weight").shape[0]
-        mult.append(width // channels)
+        # OpenAI's 512x512 network begins with half of `channels`.
+        mult.append(width // channels if width % channels == 0 else width / channels)
         if f"input_blocks.{start}.1.qkv.weight" in file.tensors:
             factors.append(2**level)
     out = file.need("out.2.weight").shape[0]
@@ -63,10 +65,16 @@ def _recognise(overrides: dict, file: TensorFile) -> Network:
         "blocks": blocks,
         "attention_resolutions": tuple(factors),
         "attention_reading": "factor",
-        "scale_shift": steer == 2 * mult[0] * channels,
+        "scale_shift": steer == 2 * int(mult[0] * channels),
         "resblock_updown": bool(inside),
         "num_classes": 0 if labels is None else len(labels),
     }
+    is_64 = (channels, tuple(mult), blocks) == (192, (1, 2, 3, 4), 3)
+    if is_64 and name == "guided-diffusion":
+        raise UserError(
+            f"{file.path}: OpenAI's 64x64 network, which has another noise schedule and order of "
+            "attention's channels; expected the family guided-diffusion-64"
+        )
     side = 2 ** (levels - 1)
     return Network(
         name="unet",
@@ -76,7 +84,7 @@ def _recognise(overrides: dict, file: TensorFile) -> Network:
     )
 
 
-def _bindings(model: UNet, shapes: dict, side: int) -> list[Binding]:
+def _bindings(order: str, model: UNet, shapes: dict, side: int) -> list[Binding]:
     found = [
         *layer("time_in", "time_embed.0", LINEAR),
         *layer("time_out", "time_embed.2", LINEAR),
@@ -108,7 +116,7 @@ def _bindings(model: UNet, shapes: dict, side: int) -> list[Binding]:
         heads = width // model.head_channels if model.head_channels else model.heads
         return [
             *norm(f"{path}/norm", f"{name}.norm"),
-            *fused_layer(f"{path}/qkv", f"{name}.qkv", CONV1D, heads, "h3d"),
+            *fused_layer(f"{path}/qkv", f"{name}.qkv", CONV1D, heads, order),
             *layer(f"{path}/proj", f"{name}.proj_out", CONV1D),
         ]
 
@@ -149,14 +157,16 @@ def _export(family: str, wants: dict, model: nn.Module, params: dict) -> dict:
     return params
 
 
-def _family(name: str, time_scale: float, convention: str, heads: dict, prefix: str) -> Family:
+def _family(
+    name: str, time_scale: float, convention: str, heads: dict, prefix: str = "", order: str = "h3d"
+) -> Family:
     wants = {"time_scale": time_scale, "convention": convention, "context_dim": 0}
     return Family(
         clean=_clean,
         recognise=partial(
-            _recognise, {"time_scale": time_scale, "convention": convention, **heads}
+            _recognise, name, {"time_scale": time_scale, "convention": convention, **heads}
         ),
-        bindings=_bindings,
+        bindings=partial(_bindings, order),
         export=partial(_export, name, wants),
         prefix=prefix,
     )
@@ -164,5 +174,8 @@ def _family(name: str, time_scale: float, convention: str, heads: dict, prefix: 
 
 FAMILIES = {
     "lfm-unet": _family("lfm-unet", 1.0, "flow", {"heads": 4}, "module."),
-    "guided-diffusion": _family("guided-diffusion", 1000.0, "vp", {"head_channels": 64}, ""),
+    "guided-diffusion": _family("guided-diffusion", 1000.0, "vp", {"head_channels": 64}),
+    "guided-diffusion-64": _family(
+        "guided-diffusion-64", 1000.0, "vp_cosine", {"head_channels": 64}, order="3hd"
+    ),
 }
