@@ -254,7 +254,8 @@ def small_photographic(steps):
         for _ in range(8):
             image = images[rng.integers(len(images))]
             y, x = (rng.integers(0, s - 64) for s in image.shape[:2])
-            crops.append(image[y : y + 64, x : x + 64])
+            # Three photographs have few colours; with the channels in any order there are more.
+            crops.append(image[y : y + 64, x : x + 64][:, :, rng.permutation(3)])
         position = np.arange(8 * i, 8 * (i + 1), dtype=np.uint32)
         params, state, metrics = step(
             params, state, {"image": np.stack(crops), "position": position}

@@ -47,6 +47,7 @@ def default_config() -> ConfigDict:
     config.autoencoder.family = placeholder(str)  # of a bare file: a name of vae.families.SCALES
     config.autoencoder.revision = placeholder(str)  # of the hub repository; known ones are pinned
     config.autoencoder.sha256 = placeholder(str)  # checksum that the weights must have
+    config.autoencoder.preview = placeholder(str)  # TAESD: decodes the previews of training
     config.autoencoder.decode_dtype = "float32"  # activations of the decoder: float32 | bfloat16
     config.autoencoder.decode_slice = 0  # images a device decodes at a time; 0: whole batches
     config.autoencoder.block_out_channels = (32, 64)  # one downsampling by 2 between two entries
@@ -273,6 +274,7 @@ def default_config() -> ConfigDict:
     config.evaluate.weights = placeholder(str)  # file of a published extractor; unset: its cache
     config.evaluate.pipeline = ""  # pixels to network: tf1 | torch | clean; empty: its usual one
     config.evaluate.metrics = ("fd", "kid", "pr")  # of evaluate.METRICS
+    config.evaluate.lpips = placeholder(str)  # inpainting: VGG16's file, or "VGG,LPIPS" with its own
     config.evaluate.jpeg = 0  # quality of a JPEG round trip before judging (LFM: 75); 0: none
     config.evaluate.bootstrap = 0  # replicates of the interval of the Frechet distance; 0: none
     config.evaluate.force = False  # compare across pipelines all the same; the result is marked
@@ -362,6 +364,15 @@ def default_config() -> ConfigDict:
     config.mesh = ConfigDict()
     config.mesh.data = -1  # data-parallel devices; -1: all that the other axes leave
     config.mesh.fsdp = 1  # devices that share one copy of parameters, optimizer and EMA
+    config.mesh.tensor = 1  # devices that share one product; none of them sees less of a batch
+    # Layouts by name instead of size: (regular expression of a path, an axis or None a dimension).
+    config.mesh.rules = ()  # e.g. (("mlp_in/kernel", (None, "fsdp", "tensor")),)
+
+    # ---- compilation for machines that are not there (jobs/compile.py)
+    config.compile = ConfigDict()
+    config.compile.topology = placeholder(str)  # v5p:2x2x4, v5e:16x16, ...; unset: local devices
+    config.compile.slices = 1  # such slices, joined by the data-centre network
+    config.compile.step = "train"  # train | sample
     return config
 
 

@@ -206,6 +206,9 @@ _RULES: dict[str, Rule] = {
     "edit.seed": _between(0, 2**31 - 1),
     "mesh.data": (lambda v: v == -1 or v >= 1, "-1 (all remaining devices) or a number >= 1"),
     "mesh.fsdp": _at_least(1),
+    "mesh.tensor": _at_least(1),
+    "compile.slices": _at_least(1),
+    "compile.step": _one_of("train", "sample"),
 }
 
 

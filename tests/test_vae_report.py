@@ -49,6 +49,28 @@ def test_the_identity_reconstructs_and_shows_the_pixel_statistics(photographs, t
     assert {p.name for p in tmp_path.iterdir()} == {"reconstruction.json", "reconstruction.png"}
 
 
+def test_a_source_is_read_in_batches_and_judged_as_a_whole():
+    from lfm_jax.data import open_images
+
+    source = open_images("digits", image_size=8, channels=1)
+    indices = np.arange(0, 100, 7)
+
+    def extractor(x):
+        return {"features": x.reshape(len(x), -1)[:, 20:25].astype("f4")}
+
+    def distance(*moments):
+        seen.append(moments)
+        return 0.0
+
+    seen = []
+    codec, options = vae.identity_codec(1), {"extractor": extractor, "distance": distance}
+    out = vae.reconstruction_report(codec, source, indices=indices, batch_size=4, **options)
+    assert out["num_images"] == 15 and out["psnr"] == 100.0
+    rows = extractor(source.batch(indices)["image"])["features"]
+    np.testing.assert_allclose(seen[0][0], rows.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(seen[0][3], np.cov(rows.T), rtol=1e-6)
+
+
 def test_latent_statistics_and_feature_distance_of_an_autoencoder():
     images = np.round(load_digits().images[:20, :, :, None] * (255 / 16)).astype(np.uint8)
     model = vae.AutoencoderKL(

@@ -76,6 +76,23 @@ def test_exact_tiles_with_attention_in_the_up_path():
     assert worst(vae.decode_tiled(model, params, z, tile=8), decode(model, params, z)) < 1e-4
 
 
+@pytest.mark.parametrize(
+    ("tile", "options"), [(16, {}), (23, {"attention_levels": (2,)}), (999, {})]
+)
+def test_tiled_encoding_equals_the_whole(tile, options):
+    model, params = make(**options)
+    images = np.random.default_rng(3).uniform(-1, 1, (2, 44, 60, 3)).astype("f4")
+    images = images * 0.3 + np.linspace(-0.7, 0.7, 60, dtype="f4")[:, None]
+    encoder = jax.jit(lambda p, x: model.apply({"params": p}, x, method="encode"))
+    whole = encoder(params, images)
+    tiled = vae.encode_tiled(model, params, images, tile=tile)
+    assert worst(tiled.mean, np.asarray(whole.mean)) < 1e-4
+    assert worst(tiled.moments, np.asarray(whole.moments)) < 1e-4
+    # Tiles on their own are another matter: their norms see other statistics.
+    alone = encoder(params, images[:, :, :16]).mean
+    assert worst(np.asarray(alone)[:, :, :2], np.asarray(whole.mean)[:, :, :2]) > 1e-2
+
+
 def test_the_halo_is_as_wide_as_the_receptive_field(plain):
     """With the whole image's statistics, windows with that halo are exact; smaller ones are not."""
     model, params, z, whole = plain
@@ -111,6 +128,11 @@ def test_slices_equal_the_whole(plain):
     whole = decode(model, params, z)
     sliced = jax.jit(lambda p, z: vae.decode_sliced(model, p, z, slice_size=2))(params, z)
     np.testing.assert_allclose(sliced, whole, atol=1e-4)
+    codec = vae.make_codec(model, params, slice_size=2)
+    decoded = jax.jit(lambda codec, z: codec.decode(z))(codec, z * codec.scale)
+    np.testing.assert_allclose(decoded, whole, atol=1e-4)
+    rough = codec.replace(decode_dtype="bfloat16").decode(z * codec.scale)
+    assert rough.dtype == jnp.float32 and 1e-4 < worst(rough, np.asarray(whole)) < 0.1
     images = jnp.clip(whole, -1, 1)
     encode = jax.jit(lambda p, x: vae.encode_sliced(model, p, x, slice_size=3))
     posterior = encode(params, images)
@@ -126,5 +148,7 @@ def test_mistakes_are_named(plain):
         vae.decode_tiled(model, params, z[..., :3])
     with pytest.raises(UserError, match="tile: -1"):
         vae.decode_tiled(model, params, z, tile=-1)
+    with pytest.raises(UserError, match="images: 43x60 pixels"):
+        vae.encode_tiled(model, params, np.zeros((1, 43, 60, 3), "f4"))
     with pytest.raises(UserError, match="slice_size: 0"):
         vae.decode_sliced(model, params, jnp.asarray(z), slice_size=0)

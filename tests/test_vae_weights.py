@@ -266,6 +266,31 @@ def test_taesd(tmp_path):
         np.testing.assert_array_equal(value.numpy(), state(oracle)[name])
 
 
+@pytest.mark.parametrize("channels", [4, 16])
+def test_taesds_own_two_files(tmp_path, channels):
+    """``taesd_encoder.pth`` and ``taesd_decoder.pth`` (taesd3's have 16 channels)."""
+    oracle = randomized(diffusers.AutoencoderTiny(latent_channels=channels))
+    halves = {"encoder": {}, "decoder": {}}
+    for name, value in oracle.state_dict().items():
+        part, _, number, rest = name.split(".", 3)
+        shift = part == "decoder"  # theirs begins with the clamp
+        halves[part][f"{int(number) + shift}.{rest}"] = value
+    for part, tensors in halves.items():
+        torch.save(tensors, tmp_path / f"taesd_{part}.pth")
+    model, params = vae.load_vae(tmp_path)
+    assert model.latent_channels == channels
+    if channels == 4:
+        assert_parity(model, params, oracle, 16, 24)
+    _, again = vae.load_vae(tmp_path / "taesd_decoder.pth")
+    jax.tree.map(np.testing.assert_array_equal, params, again)
+    (tmp_path / "taesd_encoder.pth").unlink()
+    with pytest.raises(UserError, match=r"expected taesd_encoder\.pth beside it"):
+        vae.load_vae(tmp_path / "taesd_decoder.pth")
+    torch.save(halves["encoder"], tmp_path / "other.pth")
+    with pytest.raises(UserError, match="half an autoencoder; expected NAME_encoder"):
+        vae.load_vae(tmp_path / "other.pth")
+
+
 @pytest.mark.parametrize("config", [SMALL, FLUX, LDM_16], ids=["sd", "flux", "ldm-kl-16"])
 def test_what_we_save_opens_in_diffusers(tmp_path, config):
     oracle = torch_vae(config)

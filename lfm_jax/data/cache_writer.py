@@ -318,6 +318,23 @@ class CacheWriter:
                 os.replace(file, self.folder / file.name)
 
 
+def begun_with(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """What the cache in a folder, finished or not, was begun with; None where there is none."""
+    try:
+        return json.loads((local_folder(folder) / PLAN).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def remove_cache(folder: str | os.PathLike[str]) -> None:
+    """Remove a cache and nothing else; killed halfway, it is removed the next time."""
+    root = local_folder(folder)
+    (root / METADATA).unlink(missing_ok=True)
+    parts = [*root.glob(f"{_NAME}-*.array_record-*"), *root.glob(f"{_PARTS}/*.json")]
+    for path in [*parts, root / "dataset_info.json", root / "features.json", root / PLAN]:
+        path.unlink(missing_ok=True)
+
+
 class _Totals:
     """Sums over a shard from which mean and variance of the posterior's samples follow.
 

@@ -40,6 +40,7 @@ SOURCES = (
     "digit_canvases",
     "synthetic",
 )
+PADDED = ("digits", "idx")  # MNIST-like: brought to size by zeros around, where `fit` is not told
 _SYNTHETIC = 1024  # images when no limit is given
 
 
@@ -86,7 +87,7 @@ def open_images(
     preprocess = Preprocess(
         image_size=image_size,
         channels=channels,
-        fit=fit or ("pad" if kind in ("digits", "idx") else "crop"),
+        fit=fit or ("pad" if kind in PADDED else "crop"),
         max_pixels=max_pixels,
     )
     options = {"split": split, "preprocess": preprocess}

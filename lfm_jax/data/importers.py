@@ -13,11 +13,12 @@ becomes a posterior of no width (logvar -30, the least that is stored). No pickl
 """
 
 import dataclasses
+import functools
 import io
 import json
 import os
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,73 @@ SD_SCALE = 0.18215
 _MIN_LOGVAR = -30.0
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Store:
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class LatentStore:
+    """Another project's latents, read one by one as ours.
+
+    Attributes:
+        names: of its examples.
+        fingerprint: sha256 hex of names, sizes and a sample of the contents.
+        read: place -> ``{"moments" f32 [h, w, 2c], "moments_flip" where stored, "label"}``.
+        origin: the project, and what was undone; for the cache's metadata.
+        class_names: where the store tells them, else empty.
+    """
+
     names: list[str]
     fingerprint: str
-    read: Callable[[int], dict[str, Any]]  # {"moments" [h,w,2c] f32, "moments_flip"?, "label"}
+    read: Callable[[int], dict[str, Any]]
     origin: dict[str, Any]
+    class_names: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @functools.cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the arrays of an example; all are like the first."""
+        first = self.read(0)
+        return {k: first[k].shape for k in ("moments", "moments_flip") if k in first}
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(h, w, c) of a latent."""
+        height, width, channels = self.shapes["moments"]
+        return height, width, channels // 2
+
+    def examples(self, indices: range) -> Iterator[dict[str, Any]]:
+        """The examples of a range, checked to be alike.
+
+        Raises:
+            UserError: one is damaged or of another shape, naming it.
+        """
+        for index in indices:
+            example = self.read(index)
+            for name in ("moments", "moments_flip"):
+                found, wanted = np.shape(example.get(name)), self.shapes.get(name, ())
+                if found != wanted:
+                    raise UserError(
+                        f"{self.names[index]}: {name} of shape {found}; expected {wanted} as in "
+                        f"{self.names[0]}"
+                    )
+            yield example
+
+
+def open_store(kind: str, path: str | os.PathLike[str]) -> LatentStore:
+    """Open another project's latent store.
+
+    Args:
+        kind: one of `KINDS`.
+        path: a folder, for ``edm2`` also a zip file.
+
+    Raises:
+        UserError: another layout, a damaged file, naming it.
+    """
+    if kind not in KINDS:
+        raise UserError(f"import kind {kind!r}: expected one of {', '.join(KINDS)}")
+    root = Path(path).expanduser()
+    if not root.exists():
+        raise UserError(f"import {kind}: {root}: no such file or folder")
+    return KINDS[kind](root)
 
 
 def import_latents(
@@ -55,9 +117,10 @@ def import_latents(
 ) -> LatentCache:
     """Write another project's latent store as a cache; a killed import goes on where it stopped.
 
+    ``--job=encode --config.encode.import_kind=...`` does the same in a workdir.
+
     Args:
-        kind: one of `KINDS`.
-        path: the store: a folder, for ``edm2`` also a zip file.
+        kind, path: of the store; see `open_store`.
         folder: where the cache goes; its name is the split's.
         encoder: fingerprint of the encoder that made the store. Nothing in the stores tells; it is
             what `open_cache` compares with the encoder in use.
@@ -69,54 +132,36 @@ def import_latents(
     Raises:
         UserError: another layout, a damaged file or one of another shape, naming it.
     """
-    if kind not in KINDS:
-        raise UserError(f"import kind {kind!r}: expected one of {', '.join(KINDS)}")
-    root = Path(path).expanduser()
-    if not root.exists():
-        raise UserError(f"import {kind}: {root}: no such file or folder")
-    store = KINDS[kind](root)
-    first = store.read(0)
-    height, width, channels = first["moments"].shape
+    store = open_store(kind, path)
     writer = CacheWriter(
         folder,
-        num_examples=len(store.names),
+        num_examples=len(store),
         shard_size=shard_size,
-        latent_shape=(height, width, channels // 2),
-        mirror="moments_flip" in first,
+        latent_shape=store.latent_shape,
+        mirror="moments_flip" in store.shapes,
         metadata={
             "encoder": encoder,
             "scale": scale,
             "shift": shift,
             "image_size": image_size,
             "source": store.fingerprint,
-            "origin": {"kind": kind, **store.origin},
+            "class_names": list(store.class_names),
+            "origin": store.origin,
         },
     )
     missing = writer.missing_shards()
     total = sum(len(writer.shard_range(shard)) for shard in missing)
     with tqdm(total=total, desc=f"import {kind}", unit="latent") as bar:
         for shard in missing:
-            writer.write_shard(shard, _examples(store, writer.shard_range(shard), first, bar))
+            writer.write_shard(shard, store.examples(writer.shard_range(shard)))
+            bar.update(len(writer.shard_range(shard)))
     return writer.finish()
-
-
-def _examples(store: _Store, indices: range, first: dict[str, Any], bar: tqdm):
-    for index in indices:
-        example = store.read(index)
-        for name in ("moments", "moments_flip"):
-            if np.shape(example.get(name)) != np.shape(first.get(name)):
-                raise UserError(
-                    f"{store.names[index]}: {name} of shape {np.shape(example.get(name))}; "
-                    f"expected {np.shape(first.get(name))} as in {store.names[0]}"
-                )
-        yield example
-        bar.update(1)
 
 
 # ---- one function a project
 
 
-def _edm2(root: Path) -> _Store:
+def _edm2(root: Path) -> LatentStore:
     if root.is_dir():
         sizes = _listing(root, ".npy")
 
@@ -149,10 +194,10 @@ def _edm2(root: Path) -> _Store:
         return {"moments": moments, "label": labels.get(name, -1)}
 
     origin = {"project": "EDM2, REPA", "statistics": "mean, std", "scale_undone": 1.0}
-    return _store(root, names, sizes, read, origin)
+    return _store("edm2", root, names, sizes, read, origin)
 
 
-def _mar(root: Path) -> _Store:
+def _mar(root: Path) -> LatentStore:
     sizes = _listing(root, ".npz")
     names = _some(sorted(sizes), root, "class/name.npz")
     flat = [name for name in names if "/" not in name]
@@ -173,10 +218,10 @@ def _mar(root: Path) -> _Store:
         return example
 
     origin = {"project": "MAR", "statistics": "mean, logvar", "scale_undone": 1.0}
-    return _store(root, names, sizes, read, origin)
+    return _store("mar", root, names, sizes, read, origin, class_names=tuple(classes))
 
 
-def _meanflow(root: Path) -> _Store:
+def _meanflow(root: Path) -> LatentStore:
     sizes = _listing(root, ".pt")
     names = _some(sorted(sizes), root, "{index:08d}.pt")
     try:
@@ -196,10 +241,10 @@ def _meanflow(root: Path) -> _Store:
         return {"moments": _from_mean_std(image, where), "label": label}
 
     origin = {"project": "MeanFlow", "statistics": "mean, std", "scale_undone": 1.0}
-    return _store(root, names, sizes, read, origin)
+    return _store("meanflow", root, names, sizes, read, origin)
 
 
-def _fast_dit(root: Path) -> _Store:
+def _fast_dit(root: Path) -> LatentStore:
     found = [sorted(p for p in root.glob(f"*_{part}") if p.is_dir()) for part in _FAST_DIT_PARTS]
     if any(len(folders) != 1 for folders in found):
         raise UserError(f"{root}: expected one *_features and one *_labels folder of .npy files")
@@ -222,7 +267,7 @@ def _fast_dit(root: Path) -> _Store:
         return {"moments": moments, "label": int(label.reshape(()))}
 
     origin = {"project": "fast-DiT", "statistics": "one sample", "scale_undone": SD_SCALE}
-    return _store(root, names, sizes, read, origin)
+    return _store("fast_dit", root, names, sizes, read, origin)
 
 
 _FAST_DIT_PARTS = ("features", "labels")
@@ -233,19 +278,22 @@ KINDS = {"edm2": _edm2, "mar": _mar, "meanflow": _meanflow, "fast_dit": _fast_di
 
 
 def _store(
+    kind: str,
     root: Path,
     names: list[str],
     sizes: dict[str, int],
     read: Callable[[int], dict[str, Any]],
     origin: dict[str, Any],
-) -> _Store:
+    class_names: tuple[str, ...] = (),
+) -> LatentStore:
     listing = [[name, sizes[name]] for name in names]
     sample = [read(i)["moments"] for i in range(0, len(names), -(-len(names) // 16))]
-    return _Store(
+    return LatentStore(
         names=names,
         fingerprint=hashed(listing, *sample),
         read=read,
-        origin={**origin, "name": root.name},
+        origin={"kind": kind, **origin, "name": root.name},
+        class_names=class_names,
     )
 
 

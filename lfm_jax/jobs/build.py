@@ -7,12 +7,14 @@ import dataclasses
 from typing import Any
 
 import flax.linen as nn
+import jax
 import optax
 from ml_collections import ConfigDict
 
 from lfm_jax import checkpoints
-from lfm_jax.config import overrides
+from lfm_jax.config import overrides, to_json
 from lfm_jax.data import ImageSource, open_images
+from lfm_jax.data.images import PADDED
 from lfm_jax.errors import UserError
 from lfm_jax.models import create_model
 from lfm_jax.optim import adamw, learning_rate
@@ -20,20 +22,26 @@ from lfm_jax.vae import AutoencoderKL, Codec, identity_codec, load_vae, make_cod
 from lfm_jax.workdir import Workdir
 
 
+def image_options(config: ConfigDict, split: str) -> dict[str, Any]:
+    """What `open_images` is called with for a split."""
+    data = config.data
+    return {
+        "source": data.source,
+        "split": split,
+        "path": data.path or "",
+        "image_size": data.image_size,
+        "channels": data.channels,
+        "num_classes": data.num_classes,
+        "fit": data.fit or "",
+        "labels": data.labels or "",
+        "limit": data.limit,
+    }
+
+
 def images(config: ConfigDict, split: str) -> ImageSource:
     """The images of a split, checked against the config's class count."""
     data = config.data
-    source = open_images(
-        data.source,
-        split=split,
-        path=data.path or "",
-        image_size=data.image_size,
-        channels=data.channels,
-        num_classes=data.num_classes,
-        fit=data.fit or "",
-        labels=data.labels or "",
-        limit=data.limit,
-    )
+    source = open_images(**image_options(config, split))
     if not data.class_names:
         return source
     if len(data.class_names) != source.num_classes:
@@ -42,6 +50,16 @@ def images(config: ConfigDict, split: str) -> ImageSource:
             f"expected one for each of the {source.num_classes} classes of {source.name}"
         )
     return dataclasses.replace(source, class_names=tuple(data.class_names))
+
+
+def crop(config: ConfigDict) -> str:
+    """In words, how the images came to their size: for the metadata of what is made of them."""
+    data, kind = config.data, config.data.source.partition(":")[0]
+    if not data.image_size or kind == "synthetic":
+        return "none"
+    fit = data.fit or ("pad" if kind in PADDED else "crop")
+    how = {"crop": "ADM's centre crop", "pad": "zeros around"}[fit]
+    return f"{how} to {data.image_size}"
 
 
 def autoencoder(config: ConfigDict) -> AutoencoderKL:
@@ -69,20 +87,63 @@ def codec(config: ConfigDict, workdir: Workdir) -> Codec:
     section = config.autoencoder
     if section.kind == "identity":
         return identity_codec(config.data.channels)
+    decoding = {
+        "decode_dtype": section.decode_dtype,
+        "slice_size": section.decode_slice * jax.device_count(),
+    }
     if section.kind == "pretrained":
-        model, params = load_vae(section.weights)
-        return make_codec(model, params)
+        model, params = load_vae(
+            section.weights,
+            family=section.family or "",
+            revision=section.revision or "",
+            sha256=section.sha256 or "",
+        )
+        return make_codec(model, params, **decoding)
     result = workdir.require_result("autoencode")
     params = checkpoints.load_params(workdir.autoencoder / "checkpoints")
-    return make_codec(
-        autoencoder(config), params, scale=result["latent_scale"], shift=result["latent_shift"]
-    )
+    # Beside a discriminator that it was trained against, it is one of two.
+    params = params.get("autoencoder", params)
+    scale, shift = result["latent_scale"], result["latent_shift"]
+    return make_codec(autoencoder(config), params, scale=scale, shift=shift, **decoding)
+
+
+def preview_codec(config: ConfigDict, codec: Codec) -> Codec:
+    """What decodes pictures on the way: the tiny autoencoder of `autoencoder.preview`, if told.
+
+    Raises:
+        UserError: one for other latents.
+    """
+    name = config.autoencoder.preview
+    if name is None:
+        return codec
+    tiny = make_codec(*load_vae(name))
+    if (tiny.factor, tiny.latent_channels) != (codec.factor, codec.latent_channels):
+        raise UserError(
+            f"--config.autoencoder.preview={name}: for latents of {tiny.latent_channels} channels "
+            f"at 1/{tiny.factor}; expected {codec.latent_channels} at 1/{codec.factor}"
+        )
+    return tiny
 
 
 def latent_shape(config: ConfigDict, codec: Codec) -> tuple[int, int, int]:
-    """(h, w, c) of the latents of this config's images."""
+    """(h, w, c) of the latents of this config's images.
+
+    Raises:
+        UserError: images that the autoencoder cannot halve often enough.
+    """
+    if config.data.image_size % codec.factor:
+        raise UserError(
+            f"--config.data.image_size={config.data.image_size}: expected a multiple of the "
+            f"autoencoder's factor {codec.factor}"
+        )
     side = config.data.image_size // codec.factor
     return side, side, codec.latent_channels
+
+
+def mesh(config: ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh that `config.mesh` describes, over all devices unless told which."""
+    section = config.mesh
+    return sharding.make_mesh(section.data, section.fsdp, section.tensor, devices=devices)
 
 
 def network(config: ConfigDict) -> nn.Module:
@@ -110,8 +171,15 @@ def optimizer(section: ConfigDict) -> optax.GradientTransformation:
 
 
 def section(config: ConfigDict, *names: str) -> dict[str, Any]:
-    """Sections of the config as JSON, for a job's `inputs`."""
-    from lfm_jax.config import to_json
+    """Sections of the config as JSON, for a job's `inputs`.
 
+    Unset fields are left out, so that a new optional field does not make finished jobs look undone.
+    """
     full = to_json(config)
-    return {name: full[name] for name in names}
+    return {name: _without_unset(full[name]) for name in names}
+
+
+def _without_unset(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {key: _without_unset(item) for key, item in value.items() if item is not None}

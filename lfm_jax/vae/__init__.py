@@ -15,7 +15,7 @@ from lfm_jax.vae.loss import autoencoder_loss
 from lfm_jax.vae.perceptual import load_lpips, lpips
 from lfm_jax.vae.report import reconstruction_report
 from lfm_jax.vae.slicing import decode_sliced, encode_sliced
-from lfm_jax.vae.tiling import decode_tiled
+from lfm_jax.vae.tiling import decode_tiled, encode_tiled
 from lfm_jax.vae.tiny import AutoencoderTiny
 from lfm_jax.vae.weights import load_vae, save_vae
 
@@ -30,6 +30,7 @@ __all__ = [
     "decode_sliced",
     "decode_tiled",
     "encode_sliced",
+    "encode_tiled",
     "encoder_fingerprint",
     "from_moments",
     "from_uint8",

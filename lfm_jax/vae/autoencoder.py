@@ -83,11 +83,12 @@ class Encoder(nn.Module):
     precision: str | None
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b i j d"]:
+    def __call__(self, x: Float[Array, "b h w c"], top: bool = False) -> Float[Array, "b i j d"]:
         options = {"dtype": self.dtype, "precision": self.precision}
-        x = layers.Conv(self.block_out_channels[0], **options, name="conv_in")(x)
+        if not top:
+            x = layers.Conv(self.block_out_channels[0], **options, name="conv_in")(x)
         last = len(self.block_out_channels) - 1
-        for i, features in enumerate(self.block_out_channels):
+        for i, features in enumerate(() if top else self.block_out_channels):
             x = layers.LevelBlock(
                 features,
                 self.layers_per_block,
@@ -239,6 +240,11 @@ class AutoencoderKL(nn.Module):
         z = jnp.asarray(z)
         z = self.post_quant_conv(z) if self.use_post_quant_conv else z
         return self.decoder(z).astype(jnp.float32)
+
+    def encode_top(self, x: Float[AnyArray, "b h w d"]) -> DiagonalGaussian:
+        """The posterior of a map behind the encoder's last level: the part that is never tiled."""
+        h = self.encoder(jnp.asarray(x), top=True)
+        return from_moments(self.quant_conv(h) if self.use_quant_conv else h)
 
     def decode_bottom(self, z: Float[AnyArray, "b h w c"]) -> Float[Array, "b h w d"]:
         """Unscaled latents through the decoder's mid block: the part that tiling cannot cut."""

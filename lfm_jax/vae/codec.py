@@ -24,6 +24,7 @@ from lfm_jax.vae.autoencoder import (
     check_images,
     check_latents,
 )
+from lfm_jax.vae.slicing import decode_sliced
 
 
 @flax.struct.dataclass
@@ -36,6 +37,9 @@ class Codec:
         scale: latents are multiplied by it after the shift.
         shift: latents are reduced by it.
         channels: channels of the pixels, read by the identity only.
+        decode_dtype: of the decoder's activations; encoding stays in the module's own.
+        slice_size: images that are decoded at a time, so that a large batch needs the memory of a
+            small one; 0 decodes the batch at once.
     """
 
     params: Any
@@ -43,6 +47,8 @@ class Codec:
     scale: float = flax.struct.field(pytree_node=False)
     shift: float = flax.struct.field(pytree_node=False)
     channels: int = flax.struct.field(pytree_node=False, default=3)
+    decode_dtype: str = flax.struct.field(pytree_node=False, default="float32")
+    slice_size: int = flax.struct.field(pytree_node=False, default=0)
 
     @property
     def factor(self) -> int:
@@ -83,18 +89,34 @@ class Codec:
         if self.model is None:
             check_latents(z.shape, channels=self.channels)
             return z.astype(jnp.float32)
-        return self.model.apply({"params": self.params}, z, method="decode")
+        model = self.model
+        if self.decode_dtype != "float32":
+            model = model.clone(dtype=jnp.dtype(self.decode_dtype))
+        return decode_sliced(model, self.params, z, slice_size=self.slice_size or len(z))
 
 
 def make_codec(
-    model: nn.Module, params: Any, *, scale: float | None = None, shift: float | None = None
+    model: nn.Module,
+    params: Any,
+    *,
+    scale: float | None = None,
+    shift: float | None = None,
+    decode_dtype: str = "float32",
+    slice_size: int = 0,
 ) -> Codec:
     """A codec of this autoencoder; scale and shift default to the family's own (the module's)."""
     scale = model.scaling_factor if scale is None else scale
     shift = model.shift_factor if shift is None else shift
     if not scale > 0:
         raise UserError(f"scale: {scale}, but the latent scale must be positive")
-    return Codec(params=params, model=model, scale=float(scale), shift=float(shift))
+    return Codec(
+        params=params,
+        model=model,
+        scale=float(scale),
+        shift=float(shift),
+        decode_dtype=decode_dtype,
+        slice_size=slice_size,
+    )
 
 
 def identity_codec(channels: int) -> Codec:

@@ -175,7 +175,9 @@ def model_from_tensors(
     """
     if "encoder.conv_in.weight" not in tensors or "decoder.conv_in.weight" not in tensors:
         if any(re.match(r"(en|de)coder\.layers\.\d", name) for name in tensors):
-            return _tiny_from_config({}, source)
+            first = tensors.get("decoder.layers.0.weight")
+            channels = 4 if first is None or first.ndim != 4 else first.shape[1]
+            return _tiny_from_config({"latent_channels": channels}, source)
         some = next(iter(tensors), "nothing")
         raise UserError(
             f"{source}: no autoencoder found (first tensor: {some}); "

@@ -29,6 +29,7 @@ REVISIONS = {
     "stabilityai/sd-vae-ft-mse": "31f26fdeee1355a5c34592e401dd41e45d25a493",
     "stabilityai/sd-vae-ft-ema": "f04b2c4b98319346dad8c65879f680b1997b204a",
 }
+HALF = r"(.+)_(encoder|decoder)(\.\w+)"  # TAESD's own files come in twos
 _DTYPES = {
     "F64": np.float64,
     "F32": np.float32,
@@ -73,12 +74,31 @@ def _in_folder(folder: Path) -> tuple[Path, Path | None]:
             if (inside / name).is_file():
                 return inside / name, config if config.is_file() else None
         others = [p for s in SUFFIXES for p in sorted(inside.glob(f"*{s}"))]
-        if len(others) == 1:
+        kinds = {re.sub(HALF, r"\1\3", p.name) for p in others}
+        if len(others) == 1 or (len(others) == 2 and len(kinds) == 1):
             return others[0], config if config.is_file() else None
         if others:
             names = ", ".join(p.name for p in others)
             raise UserError(f"{inside}: several files of weights ({names}); name one of them")
     raise UserError(f"{folder}: no file of weights; expected one of {', '.join(FILE_NAMES)}")
+
+
+def halves(path: Path) -> tuple[Path, Path]:
+    """The encoder's and the decoder's file of an autoencoder in two files, from either.
+
+    Raises:
+        UserError: the other one is not beside it.
+    """
+    found = re.fullmatch(HALF, path.name)
+    if not found:
+        raise UserError(
+            f"{path}: half an autoencoder; expected NAME_encoder and NAME_decoder files"
+        )
+    pair = [path.with_name(f"{found[1]}_{part}{found[3]}") for part in ("encoder", "decoder")]
+    for half in pair:
+        if not half.is_file():
+            raise UserError(f"{path}: half an autoencoder; expected {half.name} beside it")
+    return pair[0], pair[1]
 
 
 def _from_hub(

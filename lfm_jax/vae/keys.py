@@ -7,6 +7,7 @@ The one is diffusers' present naming, ``encoder.down_blocks.0.resnets.1.conv1.we
 - CompVis / LDM (also FLUX's ``ae.safetensors`` and MAR's KL-16): ``down.0.block.1``,
   ``mid.attn_1``, up-blocks counted from the finest, attention as 1x1 convolutions, the whole often
   under ``first_stage_model.``;
+- TAESD's own two files: ``0.weight``, ``1.conv.0.weight``, the encoder's and the decoder's apart;
 - Flax: a nested dict with ``down_blocks_0/resnets_1/conv1/kernel``, HWIO and ``[in, out]`` kernels.
 
 In the other direction, `to_tree` and `from_tree` go between that naming (PyTorch layouts) and the
@@ -42,6 +43,22 @@ def canonical(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     if any(re.match(r"(encoder\.down|decoder\.up)\.\d", name) for name in tensors):
         return _from_ldm(tensors)
     return {_new_attention(name): value for name, value in tensors.items()}
+
+
+def is_half(tensors: Mapping[str, np.ndarray]) -> bool:
+    """Whether these are one of the two files of TAESD's own repository: layers by number alone."""
+    return bool(tensors) and all(re.match(r"\d+\.", name) for name in tensors)
+
+
+def from_halves(
+    encoder: Mapping[str, np.ndarray], decoder: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """TAESD's two files under diffusers' names, which count the decoder's layers from one less."""
+    out = {f"encoder.layers.{name}": value for name, value in encoder.items()}
+    for name, value in decoder.items():
+        number, _, rest = name.partition(".")
+        out[f"decoder.layers.{int(number) - 1}.{rest}"] = value
+    return out
 
 
 def _strip_prefix(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

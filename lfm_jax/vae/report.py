@@ -5,21 +5,21 @@ are what a viewer gets. SSIM is Wang et al. 2004 with a Gaussian window (sigma 1
 for smaller images), K1 = 0.01, K2 = 0.03.
 """
 
-import json
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.ndimage
-from jaxtyping import Float, UInt8
+from etils import epath
+from jaxtyping import Float, Integer, UInt8
 from PIL import Image
 from tqdm import tqdm
 
+from lfm_jax.data import ImageSource
 from lfm_jax.vae.codec import Codec, from_uint8, to_uint8
+from lfm_jax.writers import save_image, write_json
 
 Features = Callable[[Any], dict[str, Any]]
 
@@ -59,14 +59,36 @@ def _reconstruct(codec: Codec, images):
     return to_uint8(codec.decode(z)), z, jnp.exp(logvar) * codec.scale**2
 
 
+class _Gaussian:
+    """Mean and covariance of rows that come in batches (Chan, Golub & LeVeque 1979), float64."""
+
+    def __init__(self):
+        self.count, self.mean, self.scatter = 0, 0.0, 0.0
+
+    def add(self, rows: Float[np.ndarray, "n d"]) -> None:
+        rows = np.asarray(rows, np.float64)
+        mean = rows.mean(0)
+        away = mean - self.mean
+        total = self.count + len(rows)
+        self.scatter = self.scatter + (rows - mean).T @ (rows - mean)
+        self.scatter += np.outer(away, away) * (self.count * len(rows) / total)
+        self.mean = self.mean + away * (len(rows) / total)
+        self.count = total
+
+    @property
+    def moments(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.mean, self.scatter / max(self.count - 1, 1)
+
+
 def reconstruction_report(
     codec: Codec,
-    images: UInt8[np.ndarray, "n h w c"],
+    images: UInt8[np.ndarray, "n h w c"] | ImageSource,
     *,
+    indices: Integer[np.ndarray, " n"] | None = None,
     batch_size: int = 16,
     extractor: Features | None = None,
     distance: Callable[..., float] | None = None,
-    folder: str | Path = "",
+    folder: epath.PathLike = "",
     pictures: int = 8,
 ) -> dict[str, Any]:
     """Measure reconstructions of ``images``.
@@ -74,6 +96,7 @@ def reconstruction_report(
     Args:
         codec: the autoencoder.
         images: real images, bytes; each side a multiple of the codec's factor.
+        indices: which of them; all by default.
         batch_size: images at a time.
         extractor: images uint8 to ``{"features": [B, d]}``; with it the report has ``rfd``.
         distance: Frechet distance ``(mean1, covariance1, mean2, covariance2) -> float``, e.g.
@@ -92,13 +115,15 @@ def reconstruction_report(
     """
     if (extractor is None) != (distance is None):
         raise ValueError("extractor and distance come together")
-    psnrs, ssims, shown, real, fake = [], [], [], [], []
+    indices = np.arange(len(images)) if indices is None else indices
+    psnrs, ssims, shown, real, fake = [], [], [], _Gaussian(), _Gaussian()
     total = squares = variance = 0.0
-    steps = range(0, len(images), batch_size)
-    for start in tqdm(steps, "reconstruct", disable=len(steps) < 4):
-        x = images[start : start + batch_size]
+    steps = range(0, len(indices), batch_size)
+    for start in tqdm(steps, "reconstruct", unit="batch", disable=len(steps) < 4):
+        chunk = indices[start : start + batch_size]
+        x = images.batch(chunk)["image"] if isinstance(images, ImageSource) else images[chunk]
         # A last, smaller batch is filled up so that the program compiles once.
-        filled = np.concatenate([x, np.repeat(x[-1:], min(batch_size, len(images)) - len(x), 0)])
+        filled = np.concatenate([x, np.repeat(x[-1:], min(batch_size, len(indices)) - len(x), 0)])
         y, z, spread = (np.asarray(v)[: len(x)] for v in _reconstruct(codec, filled))
         psnrs += [image_psnr(a, b) for a, b in zip(x, y, strict=True)]
         ssims += [image_ssim(a, b) for a, b in zip(x, y, strict=True)]
@@ -107,13 +132,13 @@ def reconstruction_report(
         squares += np.square(z).sum((0, 1, 2))
         variance += spread.astype(np.float64).sum((0, 1, 2))
         if extractor is not None:
-            real.append(np.asarray(extractor(x)["features"], np.float64))
-            fake.append(np.asarray(extractor(y)["features"], np.float64))
+            real.add(np.asarray(extractor(x)["features"]))
+            fake.add(np.asarray(extractor(y)["features"]))
         shown += [(a, b) for a, b in zip(x, y, strict=True)][: max(pictures - len(shown), 0)]
-    count = len(images) * z.shape[1] * z.shape[2]
+    count = len(indices) * z.shape[1] * z.shape[2]
     mean = total / count
     report = {
-        "num_images": len(images),
+        "num_images": len(indices),
         "psnr": float(np.mean(psnrs)),
         "ssim": float(np.mean(ssims)),
         "latent_mean": mean.tolist(),
@@ -124,28 +149,13 @@ def reconstruction_report(
         "encoder": codec.fingerprint,
     }
     if extractor is not None:
-        real, fake = np.concatenate(real), np.concatenate(fake)
-        report["rfd"] = float(distance(*_gaussian(real), *_gaussian(fake)))
+        report["rfd"] = float(distance(*real.moments, *fake.moments))
         report["rfd_features"] = getattr(extractor, "name", "features")
     if str(folder):
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        picture = side_by_side(shown)
-        _write(folder / "reconstruction.json", (json.dumps(report, indent=1) + "\n").encode())
-        temporary = folder / f".reconstruction.{os.getpid()}.png"
-        Image.fromarray(picture).save(temporary)
-        temporary.replace(folder / "reconstruction.png")
+        write_json(epath.Path(folder) / "reconstruction.json", report)
+        picture = Image.fromarray(side_by_side(shown))
+        save_image(epath.Path(folder) / "reconstruction.png", picture)
     return report
-
-
-def _gaussian(features: Float[np.ndarray, "n d"]) -> tuple[np.ndarray, np.ndarray]:
-    return features.mean(0), np.cov(features, rowvar=False)
-
-
-def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(data)
-    temporary.replace(path)
 
 
 def side_by_side(

@@ -2,6 +2,9 @@
 
 `jax.lax.map` runs one slice after the other inside one program, so that slicing works under
 `jax.jit`. Images do not see each other in this network, so the result is that of the whole batch.
+
+Slice k of n takes images k, k + n, k + 2n, ...: of a batch that is sharded over devices every slice
+then lies on all of them, and nothing is sent about.
 """
 
 from collections.abc import Callable
@@ -31,9 +34,9 @@ def apply_sliced(
         return function(x)
     slices = -(-batch // slice_size)
     padding = ((0, slices * slice_size - batch), *(((0, 0),) * (x.ndim - 1)))
-    x = jnp.pad(jnp.asarray(x), padding).reshape(slices, slice_size, *x.shape[1:])
-    out = jax.lax.map(function, x)
-    return jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:])[:batch], out)
+    x = jnp.pad(jnp.asarray(x), padding).reshape(slice_size, slices, *x.shape[1:])
+    out = jax.lax.map(function, x.swapaxes(0, 1))
+    return jax.tree.map(lambda y: y.swapaxes(0, 1).reshape(-1, *y.shape[2:])[:batch], out)
 
 
 def decode_sliced(

@@ -1,20 +1,19 @@
-"""Decode large images by tiles, with the group norms of the whole image.
+"""Encode and decode large images by tiles, with the group norms of the whole image.
 
-A group norm looks at the whole image, so tiles that are decoded on their own differ in colour and
+A group norm looks at the whole image, so tiles that are coded on their own differ in colour and
 contrast. Two ways out, both with the mid block (attention) on the whole latents:
 
-- exact (the default): the up path is swept layer by layer. Between two norms lies one 3x3
-  convolution, so that a tile needs a halo of one pixel, and the statistics of each norm are summed
-  over all tiles before the next sweep. Every value is computed once. Feature maps wait in host
-  memory; the device holds tiles only. Equal to the untiled decode up to rounding.
-- approximate (``exact=False``): one run a tile, with statistics taken from a thumbnail of the whole
-  image, and a halo as wide as the receptive field of the up path (13 latents for the SD VAE), so
-  that neighbours agree and no seam shows. Tiles cost more by the halo, but nothing waits on the
-  host. How far it is off depends on the image; the measured PSNR stands in docs/results/vae.json.
+- exact (the default): the path of resolutions is swept layer by layer (`lfm_jax.vae.sweeps`), with
+  a halo as wide as one layer sees. Feature maps wait in host memory; the device holds tiles only.
+  Equal to the untiled result up to rounding.
+- approximate (``exact=False``, decoding only): one run a tile, with statistics taken from a
+  thumbnail of the whole image, and a halo as wide as the receptive field of the up path (13 latents
+  for the SD VAE), so that neighbours agree and no seam shows. Tiles cost more by the halo, but
+  nothing waits on the host. How far it is off depends on the image; the measured PSNR stands in
+  docs/results/vae.json.
 """
 
 import functools
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -25,9 +24,61 @@ from jaxtyping import Array, Float
 
 from lfm_jax.errors import UserError
 from lfm_jax.vae import layers
-from lfm_jax.vae.autoencoder import AnyArray, AutoencoderKL, check_latents
+from lfm_jax.vae.autoencoder import (
+    AnyArray,
+    AutoencoderKL,
+    DiagonalGaussian,
+    check_images,
+    check_latents,
+)
+from lfm_jax.vae.sweeps import (
+    Statistics,
+    attention,
+    first_half,
+    norm_conv,
+    owned,
+    plain_conv,
+    residual_blocks,
+    scaled,
+    shortcut,
+    sweep,
+    whole_statistics,
+    windows,
+)
 
-Statistics = tuple[Any, Any]
+
+def encode_tiled(
+    model: nn.Module, params: Any, images: Float[AnyArray, "b h w c"], *, tile: int = 0
+) -> DiagonalGaussian:
+    """The posterior of images in [-1, 1], in host memory.
+
+    Args:
+        model: an `AutoencoderKL`.
+        params: its parameters.
+        images: each side a multiple of the factor.
+        tile: side of a tile in pixels of every layer (default 256; an odd one is taken one larger).
+
+    Raises:
+        UserError: another kind of autoencoder, images that do not fit, a tile that is not positive.
+    """
+    tile = _checked(model, tile or 256)
+    check_images(images.shape, factor=model.factor, channels=model.in_channels)
+    tile += tile % 2
+    encoder, groups = params["encoder"], model.norm_groups
+    x = np.asarray(images, jnp.dtype(model.dtype))
+    enter = functools.partial(_plain, model, encoder["conv_in"])
+    widths = model.block_out_channels
+    x, statistics = sweep(enter, (x,), channels=widths[0], groups=groups, tile=tile)
+    for i, channels in enumerate(widths):
+        level = encoder[f"down_blocks_{i}"]
+        options = {"channels": channels, "tile": tile}
+        x, statistics = residual_blocks(
+            model, level, model.layers_per_block, x, statistics, **options
+        )
+        if "downsamplers_0" in level:
+            halve = functools.partial(_downsample, model, level["downsamplers_0"]["conv"])
+            x, statistics = sweep(halve, (x,), groups=groups, scale=0.5, halo=2, **options)
+    return jax.tree.map(np.asarray, _top(model, params, x))
 
 
 def decode_tiled(
@@ -54,12 +105,8 @@ def decode_tiled(
     Raises:
         UserError: another kind of autoencoder, other channels, a tile that is not positive.
     """
-    if not isinstance(model, AutoencoderKL):
-        raise UserError(f"model: {type(model).__name__} cannot be tiled; accepted: AutoencoderKL")
+    tile = _checked(model, tile or (256 if exact else 64))
     check_latents(z.shape, channels=model.latent_channels)
-    tile = tile or (256 if exact else 64)
-    if tile < 1:
-        raise UserError(f"tile: {tile}, but it must be at least 1")
     x = np.asarray(_bottom(model, params, z))
     if exact:
         return _sweep_layers(model, params["decoder"], x, tile)
@@ -77,124 +124,34 @@ def receptive_field(model: AutoencoderKL) -> int:
     return int(np.ceil(pixels / model.factor))
 
 
+def _checked(model: nn.Module, tile: int) -> int:
+    if not isinstance(model, AutoencoderKL):
+        raise UserError(f"model: {type(model).__name__} cannot be tiled; accepted: AutoencoderKL")
+    if tile < 1:
+        raise UserError(f"tile: {tile}, but it must be at least 1")
+    return tile
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _top(model: AutoencoderKL, params: Any, x: AnyArray) -> DiagonalGaussian:
+    """Everything after the down path: it runs on the whole latents."""
+    return model.apply({"params": params}, x, method="encode_top")
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _bottom(model: AutoencoderKL, params: Any, z: AnyArray) -> Array:
     """Everything before the up path: it runs on the whole latents."""
     return model.apply({"params": params}, z, method="decode_bottom")
 
 
-def windows(side: int, tile: int, halo: int) -> Iterator[tuple[slice, slice]]:
-    """Cut ``side`` into tiles; yields what to read and what of it to keep, in absolute positions.
-
-    All windows are equally wide and lie inside, so that one compiled program serves all of them and
-    the zero padding at a window's edge is the image's own wherever it is not in the halo.
-    """
-    width = min(side, tile + 2 * halo)
-    for low in range(0, side, tile):
-        high = min(low + tile, side)
-        start = min(max(low - halo, 0), side - width)
-        yield slice(start, start + width), slice(low, high)
-
-
-def _owned(kept: slice, window: slice, scale: int) -> np.ndarray:
-    """1 where a window's output is kept, 0 in its halo."""
-    owned = np.zeros((window.stop - window.start) * scale, np.float32)
-    owned[(kept.start - window.start) * scale : (kept.stop - window.start) * scale] = 1
-    return owned
-
-
-def _sweep(
-    function: Callable[..., Array],
-    maps: tuple[np.ndarray, ...],
-    *,
-    channels: int,
-    groups: int,
-    tile: int,
-    scale: int = 1,
-) -> tuple[np.ndarray, Statistics | None]:
-    """Apply one 3x3 convolution's worth of network to whole maps, and sum up its statistics."""
-    b, h, w, _ = maps[0].shape
-    out = np.empty((b, h * scale, w * scale, channels), maps[0].dtype)
-    parts = []
-    for rows, kept_rows in windows(h, tile, 1):
-        for columns, kept_columns in windows(w, tile, 1):
-            y = function(*(m[:, rows, columns] for m in maps))
-            row, column = _owned(kept_rows, rows, scale), _owned(kept_columns, columns, scale)
-            if groups:
-                parts.append(_tile_statistics(y, row, column, groups))
-            out[
-                :,
-                kept_rows.start * scale : kept_rows.stop * scale,
-                kept_columns.start * scale : kept_columns.stop * scale,
-            ] = np.asarray(y)[:, row > 0][:, :, column > 0]
-    return out, _merge(parts) if groups else None
-
-
-@functools.partial(jax.jit, static_argnums=3)
-def _tile_statistics(
-    y: AnyArray, row: AnyArray, column: AnyArray, groups: int
-) -> tuple[Array, ...]:
-    """Count, mean and sum of squared deviations of the kept pixels, per image and group."""
-    b, h, w, c = y.shape
-    kept = (row[:, None] * column[None, :]).reshape(1, h * w, 1, 1)
-    y = y.astype(jnp.float32).reshape(b, h * w, groups, c // groups)
-    count = kept.sum() * (c // groups)
-    mean = jnp.sum(y * kept, axis=(1, 3)) / count
-    deviation = jnp.sum(jnp.square(y - mean[:, None, :, None]) * kept, axis=(1, 3))
-    return count, mean, deviation
-
-
-def _whole_statistics(x: np.ndarray, groups: int) -> Statistics:
-    """Statistics of a map that is small enough for one piece."""
-    rows, columns = np.ones(x.shape[1], np.float32), np.ones(x.shape[2], np.float32)
-    return _merge([_tile_statistics(x, rows, columns, groups)])
-
-
-def _merge(parts: list[tuple[AnyArray, ...]]) -> Statistics:
-    """Statistics of the union (Chan, Golub & LeVeque 1979), in float64."""
-    counts, means, deviations = (
-        np.stack([np.asarray(p[i], np.float64) for p in parts]) for i in range(3)
-    )
-    weights = (counts / counts.sum())[:, None, None]
-    mean = (weights * means).sum(0)
-    spread = (counts[:, None, None] * np.square(means - mean)).sum(0)
-    variance = (deviations.sum(0) + spread) / counts.sum()
-    return mean.astype(np.float32), variance.astype(np.float32)
-
-
-def _norm_conv(
-    model: AutoencoderKL, norm: Any, conv: Any, statistics: Statistics, x: AnyArray
-) -> Array:
-    """``conv(silu(norm(x)))`` with the statistics given."""
-    h = layers.normalize(
-        jnp.asarray(x),
-        statistics,
-        norm["scale"],
-        norm["bias"],
-        eps=model.norm_eps,
-        dtype=model.dtype,
-    )
-    return _conv(model, conv, jax.nn.silu(h))
-
-
-def _conv(model: AutoencoderKL, conv: Any, x: AnyArray, padding=layers.SAME) -> Array:
-    kernel, bias = (jnp.asarray(conv[k], model.dtype) for k in ("kernel", "bias"))
-    return layers.convolve(jnp.asarray(x), kernel, bias, padding=padding, precision=model.precision)
-
-
-def _shortcut(model: AutoencoderKL, block: Any, x: AnyArray) -> Array:
-    if "conv_shortcut" in block:
-        return _conv(model, block["conv_shortcut"], x, layers.NONE)
-    return x
-
-
-_first_half = functools.partial(jax.jit, static_argnums=0)(_norm_conv)
+_plain = functools.partial(jax.jit, static_argnums=0)(plain_conv)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _second_half(model, block, statistics, h, x):
-    y = _norm_conv(model, block["norm2"], block["conv2"], statistics, h)
-    return y + _shortcut(model, block, x)
+def _downsample(model, conv, x):
+    kernel, bias = (jnp.asarray(conv[k], model.dtype) for k in ("kernel", "bias"))
+    options = {"stride": 2, "padding": layers.RIGHT_BOTTOM, "precision": model.precision}
+    return layers.convolve(jnp.asarray(x), kernel, bias, **options)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -207,42 +164,23 @@ def _upsample(model, conv, x):
     )
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _attention(model, params, x):
-    attention = layers.Attention(
-        model.norm_groups, model.norm_eps, dtype=model.dtype, precision=model.precision
-    )
-    return attention.apply({"params": params}, x)
-
-
 def _sweep_layers(model: AutoencoderKL, params: Any, x: np.ndarray, tile: int) -> np.ndarray:
     """The up path, one convolution after the other over the whole image."""
     groups = model.norm_groups
-    statistics = _whole_statistics(x, groups)
-
-    def sweep(function, *maps, channels, scale=1, groups=groups):
-        return _sweep(function, maps, channels=channels, groups=groups, tile=tile, scale=scale)
-
-    for level, features in enumerate(reversed(model.block_out_channels)):
-        up_block = params[f"up_blocks_{level}"]
-        for i in range(model.layers_per_block + 1):
-            block = up_block[f"resnets_{i}"]
-            first = functools.partial(
-                _first_half, model, block["norm1"], block["conv1"], statistics
-            )
-            h, middle = sweep(first, x, channels=features)
-            second = functools.partial(_second_half, model, block, middle)
-            x, statistics = sweep(second, h, x, channels=features)
-            if f"attentions_{i}" in up_block:
-                x = np.asarray(_attention(model, up_block[f"attentions_{i}"], x))
-                statistics = _whole_statistics(x, groups)
-        if "upsamplers_0" in up_block:
-            up = functools.partial(_upsample, model, up_block["upsamplers_0"]["conv"])
-            x, statistics = sweep(up, x, channels=features, scale=2)
+    statistics = whole_statistics(x, groups)
+    for i, channels in enumerate(reversed(model.block_out_channels)):
+        level = params[f"up_blocks_{i}"]
+        options = {"channels": channels, "tile": tile}
+        x, statistics = residual_blocks(
+            model, level, model.layers_per_block + 1, x, statistics, **options
+        )
+        if "upsamplers_0" in level:
+            double = functools.partial(_upsample, model, level["upsamplers_0"]["conv"])
+            x, statistics = sweep(double, (x,), groups=groups, scale=2, **options)
     last = functools.partial(
-        _first_half, model, params["conv_norm_out"], params["conv_out"], statistics
+        first_half, model, params["conv_norm_out"], params["conv_out"], statistics
     )
-    out, _ = sweep(last, x, channels=model.out_channels, groups=0)
+    out, _ = sweep(last, (x,), channels=model.out_channels, groups=0, tile=tile)
     return out.astype(np.float32)
 
 
@@ -253,22 +191,22 @@ def _up_path(
     """The whole up path on one window; statistics are taken from ``given``, else its own."""
     seen: list[Statistics] = []
 
-    def norm_conv(norm, conv, x):
+    def convolved(norm, conv, x):
         statistics = given[len(seen)] if given else layers.group_statistics(x, model.norm_groups)
         seen.append(statistics)
-        return _norm_conv(model, norm, conv, statistics, x)
+        return norm_conv(model, norm, conv, statistics, x)
 
     for level in range(len(model.block_out_channels)):
         up_block = params[f"up_blocks_{level}"]
         for i in range(model.layers_per_block + 1):
             block = up_block[f"resnets_{i}"]
-            h = norm_conv(block["norm1"], block["conv1"], x)
-            x = _shortcut(model, block, x) + norm_conv(block["norm2"], block["conv2"], h)
+            h = convolved(block["norm1"], block["conv1"], x)
+            x = shortcut(model, block, x) + convolved(block["norm2"], block["conv2"], h)
             if f"attentions_{i}" in up_block:
-                x = _attention(model, up_block[f"attentions_{i}"], x)
+                x = attention(model, up_block[f"attentions_{i}"], x)
         if "upsamplers_0" in up_block:
             x = _upsample(model, up_block["upsamplers_0"]["conv"], x)
-    return norm_conv(params["conv_norm_out"], params["conv_out"], x), seen
+    return convolved(params["conv_norm_out"], params["conv_out"], x), seen
 
 
 def thumbnail_statistics(
@@ -296,10 +234,7 @@ def _decode_windows(
     for rows, kept_rows in windows(h, tile, halo):
         for columns, kept_columns in windows(w, tile, halo):
             y, _ = _up_path(model, params, x[:, rows, columns], statistics)
-            row, column = _owned(kept_rows, rows, factor), _owned(kept_columns, columns, factor)
-            out[
-                :,
-                kept_rows.start * factor : kept_rows.stop * factor,
-                kept_columns.start * factor : kept_columns.stop * factor,
-            ] = np.asarray(y, np.float32)[:, row > 0][:, :, column > 0]
+            row, column = owned(kept_rows, rows, factor), owned(kept_columns, columns, factor)
+            kept = np.asarray(y, np.float32)[:, row > 0][:, :, column > 0]
+            out[:, scaled(kept_rows, factor), scaled(kept_columns, factor)] = kept
     return out

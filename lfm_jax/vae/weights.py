@@ -70,7 +70,11 @@ def load_vae(
     if sha256:
         files.check_sha256(path, sha256)
     tensors, is_flax = files.read_tensors(path)
-    tensors = keys.from_flax(tensors) if is_flax else keys.canonical(tensors)
+    if not is_flax and keys.is_half(tensors):
+        both = files.halves(path)
+        tensors, config_path = keys.from_halves(*(files.read_tensors(p)[0] for p in both)), None
+    else:
+        tensors = keys.from_flax(tensors) if is_flax else keys.canonical(tensors)
     if config_path is not None:
         model = model_from_config(read_config(config_path), source=str(config_path))
         if family and (model.scaling_factor, model.shift_factor) != family_scale(family):
