@@ -20,7 +20,13 @@ from lfm_jax.evaluate.reference import (
     statistics_of,
     write_reference,
 )
-from lfm_jax.evaluate.samples import SampleFile, Samples, check_images, read_samples
+from lfm_jax.evaluate.samples import (
+    SampleFile,
+    Samples,
+    check_images,
+    read_samples,
+    write_samples,
+)
 from lfm_jax.evaluate.statistics import FeatureStatistics, StreamingStatistics
 
 __all__ = [
@@ -59,4 +65,5 @@ __all__ = [
     "statistics_of",
     "to_bytes",
     "write_reference",
+    "write_samples",
 ]

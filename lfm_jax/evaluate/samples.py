@@ -9,7 +9,8 @@ import dataclasses
 import hashlib
 import os
 import zipfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from etils import epath
@@ -36,14 +37,7 @@ def read_samples(path: str | os.PathLike) -> Samples:
         UserError: missing, not an npz, floats, channels first, ranks or counts that do not fit.
     """
     file = SampleFile(path)
-    images = np.empty(file.shape, np.uint8)
-    start = 0
-    for batch in file.batches(4096):
-        images[start : start + len(batch)] = batch
-        start += len(batch)
-    with file.path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return Samples(images=images, labels=file.labels, sha256=digest)
+    return Samples(images=file.read(), labels=file.labels, sha256=file.sha256)
 
 
 class SampleFile:
@@ -76,7 +70,7 @@ class SampleFile:
                 if "arr_1" in names:
                     with archive.open("arr_1.npy") as member:
                         self.labels = np.lib.format.read_array(member, allow_pickle=False)
-        except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise UserError(f"samples {path}: not readable ({error}); {ACCEPTED}") from error
         check_layout(self.shape, dtype, f"samples {path}: arr_0", hint=hint)
         if fortran:
@@ -86,26 +80,55 @@ class SampleFile:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def batches(self, size: int) -> Iterator[UInt8[np.ndarray, "b h w c"]]:
-        """The images in order, `size` at a time; `UserError` if the file ends too soon."""
+    @property
+    def sha256(self) -> str:
+        """Of the whole file, hex."""
+        with self.path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+
+    def read(self) -> UInt8[np.ndarray, "n h w c"]:
+        """All images."""
+        images = np.empty(self.shape, np.uint8)
+        start = 0
+        for batch in self.batches(4096):
+            images[start : start + len(batch)] = batch
+            start += len(batch)
+        return images
+
+    def batches(
+        self, size: int, *, start: int = 0, stop: int | None = None
+    ) -> Iterator[UInt8[np.ndarray, "b h w c"]]:
+        """Images `start` to `stop` in order, `size` at a time.
+
+        Raises `UserError` if the file ends too soon or is damaged.
+        """
         pixels = int(np.prod(self.shape[1:]))
+        stop = len(self) if stop is None else min(stop, len(self))
         with self.path.open("rb") as file, zipfile.ZipFile(file) as archive:
             with archive.open("arr_0.npy") as member:
                 _read_header(member)
-                for start in range(0, len(self), size):
-                    count = min(size, len(self) - start)
-                    try:
-                        data = member.read(count * pixels)
-                    except (OSError, EOFError, zipfile.BadZipFile) as error:
-                        raise UserError(
-                            f"samples {self.path}: not readable ({error}); {ACCEPTED}"
-                        ) from error
+                self._read(member, start * pixels, size * pixels)
+                for first in range(start, stop, size):
+                    count = min(size, stop - first)
+                    data = self._read(member, count * pixels)
                     if len(data) != count * pixels:
                         raise UserError(
-                            f"samples {self.path}: ends after {start + len(data) // pixels} "
+                            f"samples {self.path}: ends after {first + len(data) // pixels} "
                             f"of {len(self)} images; {ACCEPTED}"
                         )
                     yield np.frombuffer(data, np.uint8).reshape(count, *self.shape[1:])
+
+    def _read(self, member, count: int, at_once: int = 0) -> bytes:
+        """`count` bytes; with `at_once` they are passed over in pieces of that size."""
+        try:
+            if not at_once:
+                return member.read(count)
+            for start in range(0, count, at_once):
+                member.read(min(at_once, count - start))
+            return b""
+        # zlib's own error is for compressed files with a damaged byte.
+        except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise UserError(f"samples {self.path}: not readable ({error}); {ACCEPTED}") from error
 
     def _check_labels(self) -> None:
         labels = self.labels
@@ -124,6 +147,46 @@ def _read_header(member) -> tuple[tuple[int, ...], bool, np.dtype]:
     if version == (1, 0):
         return np.lib.format.read_array_header_1_0(member)
     return np.lib.format.read_array_header_2_0(member)
+
+
+def write_samples(
+    path: str | os.PathLike,
+    batches: Iterable[np.ndarray],
+    shape: tuple[int, ...],
+    labels: Integer[np.ndarray, " n"] | None = None,
+    *,
+    dtype: np.typing.DTypeLike = np.uint8,
+) -> None:
+    """Write a sample file batch by batch, all or nothing; it is never in memory as a whole.
+
+    Args:
+        batches: the images in order.
+        shape: of all of them together, ``(n, h, w, c)``.
+        labels: for ``arr_1``.
+        dtype: of the arrays; latents are float32.
+
+    Raises:
+        ValueError: the batches are not what `shape` says.
+    """
+    path = epath.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".{path.name}.tmp"
+    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False}
+    count = 0
+    with temporary.open("wb") as file, zipfile.ZipFile(file, "w") as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+            np.lib.format.write_array_header_1_0(member, {**header, "shape": tuple(shape)})
+            for batch in batches:
+                if batch.shape[1:] != tuple(shape[1:]) or batch.dtype != dtype:
+                    raise ValueError(f"samples {path}: {batch.dtype} {batch.shape} for {shape}")
+                member.write(np.ascontiguousarray(batch).data)
+                count += len(batch)
+        if labels is not None:
+            with archive.open("arr_1.npy", "w") as member:
+                np.lib.format.write_array(member, np.asarray(labels), allow_pickle=False)
+    if count != shape[0]:
+        raise ValueError(f"samples {path}: {count} images for {shape[0]}")
+    temporary.replace(path)
 
 
 def check_images(images: np.ndarray, what: str) -> None:

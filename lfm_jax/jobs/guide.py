@@ -1,0 +1,131 @@
+"""From config to guidance: what stands beside the network, and how the velocity is wrapped.
+
+The order is fixed: classifier-free guidance of the network, autoguidance of the result away from a
+weak network under the same condition, then the classifier's gradient on top.
+"""
+
+import json
+from typing import Any
+
+import flax.struct
+from etils import epath
+from ml_collections import ConfigDict
+
+from lfm_jax import checkpoints
+from lfm_jax import config as config_lib
+from lfm_jax.errors import UserError
+from lfm_jax.flow import (
+    LogProbability,
+    NetworkVelocity,
+    autoguidance,
+    classifier_guidance,
+)
+from lfm_jax.jobs import build, classify, origin
+from lfm_jax.workdir import Workdir
+
+
+@flax.struct.dataclass
+class Helpers:
+    """Networks beside the sampled one, with their parameters; None where there is none."""
+
+    weak: NetworkVelocity | None = None
+    classifier: LogProbability | None = None
+
+
+def options(config: ConfigDict) -> dict[str, Any]:
+    """What `config.sample` says of guidance beside scale, interval and channels."""
+    section = config.sample
+    return {
+        "rescale": section.guidance_rescale,
+        "away": section.autoguidance,
+        "gradient": section.classifier_guidance,
+        "max_weight": section.classifier_max_weight,
+    }
+
+
+def helpers(config: ConfigDict, workdir: Workdir) -> Helpers:
+    """The networks that the guidance of `config.sample` needs, from their workdirs.
+
+    Raises:
+        UserError: one that is missing or of other latents.
+    """
+    section = config.sample
+    weak = classifier = None
+    if section.autoguidance != 1:
+        weak = _weak(config, workdir)
+    if section.classifier_guidance:
+        place = classify.folder(workdir)
+        if checkpoints.latest_step(place) is None:
+            raise UserError(
+                f"--config.sample.classifier_guidance={section.classifier_guidance:g}: "
+                f"{place} holds no classifier; expected --job=classifier to have run"
+            )
+        classifier = LogProbability(
+            params=checkpoints.load_params(place), label=None, model=classify.network(config)
+        )
+    return Helpers(weak=weak, classifier=classifier)
+
+
+def further(
+    guided: Any,
+    network: NetworkVelocity,
+    beside: Helpers,
+    label: Any,
+    *,
+    away: float,
+    gradient: float,
+    max_weight: float,
+    **how: Any,
+) -> Any:
+    """A velocity that is guided already, guided on by the other networks.
+
+    Args:
+        guided: `network` itself or under classifier-free guidance.
+        beside: the other networks; the weak one sees the condition of `network`.
+        label: the class of each row, for the classifier.
+        away: autoguidance's scale.
+        gradient, max_weight: classifier guidance's scale and bound.
+        how: channels, interval and rescale of autoguidance.
+    """
+    if beside.weak is not None:
+        weak = beside.weak.replace(cond=network.cond)
+        guided = autoguidance(guided, weak, scale=away, **how)
+    if beside.classifier is not None:
+        log_prob = beside.classifier.replace(label=label)
+        guided = classifier_guidance(guided, log_prob, scale=gradient, max_weight=max_weight)
+    return guided
+
+
+def _weak(config: ConfigDict, workdir: Workdir) -> NetworkVelocity:
+    """The network of `config.sample.weak`: of this workdir's latents, of any size."""
+    section = config.sample
+    there = Workdir(epath.Path(section.weak))
+    if not there.config.exists():
+        raise UserError(f"--config.sample.weak={section.weak}: no workdir; expected a trained one")
+    told = json.loads(there.config.read_text())["config"]
+    other = config_lib.default_config()
+    for name, value in told["model"].items():
+        if name in other.model:
+            other.model[name] = tuple(value) if isinstance(value, list) else value
+    other.data.num_classes = told["data"]["num_classes"]
+    origin.adopt(other, there)
+    if other.data.num_classes != config.data.num_classes:
+        raise UserError(
+            f"--config.sample.weak={section.weak}: a network of {other.data.num_classes} classes; "
+            f"expected {config.data.num_classes}"
+        )
+    made, wanted = (_latents(place) for place in (there, workdir))
+    if made != wanted:
+        raise UserError(
+            f"--config.sample.weak={section.weak}: its latents are another autoencoder's; expected "
+            "a network of the same latents"
+        )
+    model = build.network(other)
+    params = checkpoints.load_params(there.checkpoints, step=section.weak_step or None)
+    return NetworkVelocity(params=params, model=model, t_max=model.t_max)
+
+
+def _latents(workdir: Workdir) -> str | None:
+    """Which encoder made a workdir's latents, where it says."""
+    found = workdir.latents("train") / "metadata.json"
+    return json.loads(found.read_text()).get("encoder") if found.exists() else None
