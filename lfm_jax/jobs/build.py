@@ -4,6 +4,7 @@ Every job that needs one of them gets it here, so that two jobs cannot build dif
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
