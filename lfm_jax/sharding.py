@@ -140,6 +140,22 @@ def state_sharding(abstract: Any, mesh: Mesh, rules: Rules = ()) -> Any:
     return placed
 
 
+def rules(value: Any) -> Rules:
+    """The rules of a config's ``mesh.rules``, checked.
+
+    Raises:
+        UserError: not pairs of a regular expression and axes.
+    """
+    try:
+        pairs = tuple((re.compile(pattern).pattern, tuple(axes)) for pattern, axes in value)
+    except (TypeError, ValueError, re.error) as error:
+        raise UserError(
+            f"--config.mesh.rules={value}: expected pairs such as "
+            f"(('mlp_in/kernel', (None, 'fsdp', 'tensor')),) ({error})"
+        ) from error
+    return pairs
+
+
 def _by_size(shape: tuple[int, ...], mesh: Mesh) -> P:
     spec: list[str | None] = [None] * len(shape)
     if math.prod(shape) >= _SMALL:

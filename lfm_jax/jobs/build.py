@@ -10,9 +10,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import optax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from lfm_jax import checkpoints
+from lfm_jax import checkpoints, sharding
 from lfm_jax.config import overrides, to_json
 from lfm_jax.data import ImageSource, open_images
 from lfm_jax.data.images import PADDED

@@ -1,5 +1,6 @@
 """Train the velocity network on the latent cache."""
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -19,7 +20,8 @@ from lfm_jax.jobs import condition as conditions
 from lfm_jax.jobs.fit import fit
 from lfm_jax.jobs.generate import Generator, class_names
 from lfm_jax.models import forward_macs, init_params
-from lfm_jax.state import TrainState, create_state, make_step
+from lfm_jax.state import Loss, Params, TrainState, create_state, make_step
+from lfm_jax.vae import Codec
 from lfm_jax.workdir import FREE_TRAIN, Workdir
 from lfm_jax.writers import image_grid, save_image
 
@@ -41,7 +43,7 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     if config.loss == "mmd":
         return mmd.run(config, workdir)
     section = config.train
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    mesh = build.mesh(config)
     sharding.check_batch(mesh, "train.batch_size", section.batch_size // section.accumulate)
 
     # ---- data
@@ -56,27 +58,11 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
 
     # ---- network, objective, state
     key = jax.random.key(config.seed)
-    model = build.network(config)
     tx = build.optimizer(section)
-    condition = conditions.make(config, codec)
-    given, init, macs = None, partial(init_params, model, key, latent_shape), {}
-    if condition is not None:
-        given = training_condition(
-            condition, num_classes=config.data.num_classes, label_drop=section.label_drop
-        )
-        init = partial(init_conditioned, condition, model, key, latent_shape)
-        macs = input_sizes(condition, latent_shape)
-    loss = flow_matching_loss(
-        model,
-        scale=codec.scale,
-        shift=codec.shift,
-        num_classes=config.data.num_classes,
-        label_drop=section.label_drop,
-        mirror=section.mirror,
-        time_sampling=section.time_sampling,
-        condition=given,
+    init, loss, flops = objective(config, codec, latent_shape)
+    state = create_state(
+        init, tx, mesh, ema=section.ema_decay > 0, rules=sharding.rules(config.mesh.rules)
     )
-    state = create_state(init, tx, mesh, ema=section.ema_decay > 0)
     state = _start_from(config, state)
     step = make_step(
         loss,
@@ -85,6 +71,7 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
         ema_decay=section.ema_decay,
         accumulate=section.accumulate,
         skip_nonfinite=section.nonfinite == "skip",
+        like=state,
     )
 
     # ---- the loop
@@ -118,7 +105,7 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
         keep_every=section.keep_every,
         keep_best=section.keep_best,
         skip_nonfinite=section.nonfinite == "skip",
-        train_flops=6.0 * forward_macs(model, latent_shape, **macs),
+        train_flops=flops,
         preview=_previews(config, workdir) if section.preview_every else None,
         preview_every=section.preview_every,
         watch=watch.watcher(config, workdir) if section.evaluate_every else None,
@@ -132,6 +119,37 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
         "examples_drawn": section.steps * section.batch_size,
         "checkpoint": checkpoints.fingerprint(params),
     }
+
+
+def objective(
+    config: ConfigDict, codec: Codec, latent_shape: tuple[int, int, int]
+) -> tuple[Callable[[], Params], Loss, float]:
+    """How the network's parameters begin, its loss, and FLOPs of an example's update.
+
+    Of the codec only scale, shift and sizes are read.
+    """
+    section = config.train
+    key = jax.random.key(config.seed)
+    model = build.network(config)
+    condition = conditions.make(config, codec)
+    given, init, macs = None, partial(init_params, model, key, latent_shape), {}
+    if condition is not None:
+        given = training_condition(
+            condition, num_classes=config.data.num_classes, label_drop=section.label_drop
+        )
+        init = partial(init_conditioned, condition, model, key, latent_shape)
+        macs = input_sizes(condition, latent_shape)
+    loss = flow_matching_loss(
+        model,
+        scale=codec.scale,
+        shift=codec.shift,
+        num_classes=config.data.num_classes,
+        label_drop=section.label_drop,
+        mirror=section.mirror,
+        time_sampling=section.time_sampling,
+        condition=given,
+    )
+    return init, loss, 6.0 * forward_macs(model, latent_shape, **macs)
 
 
 def _start_from(config: ConfigDict, state: TrainState) -> TrainState:
@@ -168,6 +186,8 @@ def _first_difference(found: Any, wanted: Any) -> str:
 def _previews(config: ConfigDict, workdir: Workdir) -> Callable[[TrainState, int], None]:
     """A picture of the same few noises every time, so that two steps can be compared."""
     generator = Generator.from_config(config, workdir)
+    preview_codec = build.preview_codec(config, generator.codec)
+    generator = dataclasses.replace(generator, codec=preview_codec)
     if generator.given is not None:
         return _given_previews(workdir, generator)
     names = class_names(config)
