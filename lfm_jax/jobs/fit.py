@@ -1,12 +1,17 @@
 """The training loop that every objective shares, from restore to the last save.
 
 Nothing in the loop waits for the device between two logs: metrics stay there as arrays and are
-fetched together every `log_every` steps (and before a save, so that no NaN is ever saved).
+fetched together every `log_every` steps (and before a save, so that no NaN is ever saved). What the
+log still owes of the steps before a save is saved too, so that a resumed run logs the same curve.
 """
 
+import os
+import shutil
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,10 +23,14 @@ from tqdm import tqdm
 
 from lfm_jax import checkpoints, preemption, sharding
 from lfm_jax.data import prefetch
-from lfm_jax.errors import Preempted, UserError
+from lfm_jax.errors import Failed, Preempted, UserError
 from lfm_jax.profiling import peak_flops
 from lfm_jax.state import Batch, Metrics, TrainState
-from lfm_jax.writers import ScalarWriter
+from lfm_jax.writers import ScalarWriter, write_json
+
+_MOST_SKIPPED = 100  # updates in a row without a finite gradient: nothing is being learned
+_SPIKE = 10.0  # robust standard deviations above the median of the losses before
+_NAMED = 8  # examples of a bad batch that fit into a message
 
 
 def fit(
@@ -40,9 +49,14 @@ def fit(
     log_every: int,
     save_every: int,
     keep: int = 2,
+    keep_every: int = 0,
+    keep_best: int = 0,
+    skip_nonfinite: bool = False,
     train_flops: float = 0.0,
     preview: Callable[[TrainState, int], None] | None = None,
     preview_every: int = 0,
+    watch: Callable[[TrainState, int], None] | None = None,
+    watch_every: int = 0,
 ) -> tuple[TrainState, dict[str, float]]:
     """Train to `steps`, going on from the newest checkpoint under `folder`.
 
@@ -59,46 +73,58 @@ def fit(
         record: what the data stream depends on (seed, cache fingerprint); saved as the ``data``
             item and compared on resume.
         config: saved as the ``config`` item.
+        keep, keep_every, keep_best: which checkpoints stay, see `checkpoints.open_manager`; the
+            best are those of smallest logged "loss".
+        skip_nonfinite: count the updates that `make_step` left out instead of stopping there.
         train_flops: FLOPs of one example's forward and backward pass, for MFU; 0: unknown.
         preview: called with the state every `preview_every` steps.
+        watch: the same every `watch_every` steps and at the last one.
 
     Returns:
         The final state and its figures: "loss" (mean of the last log window), "steps",
         "images_per_second" (median over windows, the first, which compiles, left out), "mfu",
-        "data_wait" (share of the time spent waiting for batches).
+        "data_wait" (share of the time spent waiting for batches), "skipped" (updates left out),
+        "checkpoint_bytes" and "checkpoints_bytes_at_most" (all that are kept, and one being
+        written).
 
     Raises:
         UserError: the checkpoint belongs to another data stream.
         FloatingPointError: loss or gradient is not finite; nothing after the last save is kept.
+        Failed: a checkpoint could not be written, or there is no room for one.
         Preempted: the process was asked to end and the state is saved.
     """
     main = sharding.is_main_process()
+    retention = {"keep": keep, "keep_every": keep_every, "keep_best": keep_best}
+    disk = _disk_use(folder, checkpoints.tree_bytes(state), steps, **retention)
     with (
-        checkpoints.open_manager(folder, save_every=save_every, keep=keep) as manager,
+        checkpoints.open_manager(folder, save_every=save_every, **retention) as manager,
         preemption.asks_first() as terminated,
     ):
-        start = manager.latest_step() or 0
-        if manager.latest_step() is not None:
-            saved = checkpoints.read_json(manager, checkpoints.DATA)
+        start, saved = 0, {}
+        found = checkpoints.newest_whole(manager, state)
+        if found is not None:
+            start, state, saved = found
             # Step 0 is a network of another project's: it has drawn nothing from any stream.
             if start and saved["record"] != record:
                 raise UserError(
                     f"checkpoint {manager.directory / str(start)} was trained on another data "
                     f"stream: {saved['record']}, expected {record}"
                 )
-            state = checkpoints.restore(manager, state)
             logging.info("%s: going on from step %d", name, start)
+        curve = _Curve(name, logs, manager, saved, skips=skip_nonfinite)
 
         def save(step: int, *, force: bool = False) -> None:
-            data = {"record": record, "examples_drawn": step * batch_size}
-            checkpoints.save(manager, step, state, data=data, config=config, force=force)
+            data = {"record": record, "examples_drawn": step * batch_size, **curve.to_json()}
+            metrics = {"loss": curve.loss} if curve.loss is not None else None
+            checkpoints.save(
+                manager, step, state, data=data, config=config, force=force, metrics=metrics
+            )
 
         writer = ScalarWriter(logs, name, start=start) if main else None
         host_batches = batches(start * batch_size)
         device_batches = prefetch(host_batches, sharding.batch_sharding(mesh))
-        pending: list[tuple[int, Metrics]] = []
         history: list[dict[str, float]] = []
-        waited, since = 0.0, time.perf_counter()
+        timed, waited, since = 0, 0.0, time.perf_counter()
 
         with (
             closing(device_batches),
@@ -109,19 +135,22 @@ def fit(
                 batch = next(device_batches)
                 waited += time.perf_counter() - before
                 state, metrics = step_fn(state, batch)
-                pending.append((step, metrics))
+                curve.add(step, metrics, batch)
+                timed += 1
 
+                checkpoints.check(manager)
                 logs_now = step % log_every == 0 or step == steps
                 stops = terminated() or manager.reached_preemption(step)
                 saves = step % save_every == 0 or step == steps or stops
                 if logs_now or saves:
-                    values = _fetch(pending, name)
+                    curve.fetch()
                 if logs_now:
+                    values = curve.close_window()
                     elapsed = time.perf_counter() - since
-                    rate = len(pending) * batch_size / elapsed
+                    rate = timed * batch_size / elapsed
                     values |= {
                         "images_per_second": rate,
-                        "steps_per_second": len(pending) / elapsed,
+                        "steps_per_second": timed / elapsed,
                         "data_wait": waited / elapsed,
                     }
                     if train_flops:
@@ -135,34 +164,135 @@ def fit(
                     save(step, force=step == steps or stops)
                 if stops:
                     manager.wait_until_finished()
+                    checkpoints.check(manager)
                     raise Preempted(f"{name}: saved step {step}; run the same command to go on")
                 if preview and preview_every and step % preview_every == 0:
                     preview(state, step)
+                if watch and watch_every and (step % watch_every == 0 or step == steps):
+                    watch(state, step)
                 if logs_now:
-                    pending, waited, since = [], 0.0, time.perf_counter()
+                    timed, waited, since = 0, 0.0, time.perf_counter()
         if writer:
             writer.close()
-    return state, _summary(history, steps)
+    return state, {"steps": steps, "loss": curve.loss, **_speed(history), **curve.counts(), **disk}
 
 
-def _fetch(pending: list[tuple[int, Metrics]], name: str) -> dict[str, float]:
-    """Means over the steps since the last log; raises on the first step that is not finite."""
-    values = jax.device_get([metrics for _, metrics in pending])
-    for (step, _), metrics in zip(pending, values, strict=True):
-        if not metrics["finite"]:
-            raise FloatingPointError(
-                f"{name}: loss {metrics['loss']:g}, gradient norm {metrics['grad_norm']:g} "
-                f"at step {step}; the newest checkpoint before it is untouched"
-            )
-    return {k: float(np.mean([m[k] for m in values])) for k in values[0] if k != "finite"}
+class _Curve:
+    """The metrics of the steps since the last log, and what to say about bad ones."""
+
+    def __init__(
+        self,
+        name: str,
+        logs: epath.Path,
+        manager: Any,
+        saved: dict[str, Any],
+        *,
+        skips: bool,
+    ):
+        self.loss: float | None = saved.get("loss")  # as it was last logged
+        self._window: list[dict[str, float]] = saved.get("window", [])
+        self._skipped: int = saved.get("skipped", 0)
+        self._name, self._logs, self._manager, self._skips = name, logs, manager, skips
+        self._pending: list[tuple[int, Metrics, Batch]] = []
+        self._recent: deque[float] = deque(maxlen=200)
+        self._in_a_row = 0
+
+    def add(self, step: int, metrics: Metrics, batch: Batch) -> None:
+        told = {key: batch[key] for key in ("index", "position") if key in batch}
+        self._pending.append((step, metrics, told))
+
+    def fetch(self) -> None:
+        """Wait for the steps so far; raises `FloatingPointError` on one that is not finite."""
+        values = jax.device_get([metrics for _, metrics, _ in self._pending])
+        for (step, _, told), metrics in zip(self._pending, values, strict=True):
+            metrics = {key: float(value) for key, value in metrics.items()}
+            if metrics.pop("finite"):
+                self._in_a_row = 0
+                self._tell_spike(step, metrics["loss"])
+                self._window.append(metrics)
+                continue
+            self._skipped += 1
+            self._in_a_row += 1
+            if not self._skips or self._in_a_row > _MOST_SKIPPED:
+                raise FloatingPointError(self._bad_step(step, metrics, told))
+            logging.warning("%s: step %d is not finite and was left out", self._name, step)
+        self._pending = []
+
+    def close_window(self) -> dict[str, float]:
+        """Means over the window; a new one begins."""
+        steps, self._window = self._window, []
+        if not steps:  # every one was left out
+            return {"loss": float("nan"), **self.counts()}
+        means = {key: float(np.mean([step[key] for step in steps])) for key in steps[0]}
+        self.loss = means["loss"]
+        return {**means, "loss_max": max(step["loss"] for step in steps), **self.counts()}
+
+    def counts(self) -> dict[str, int]:
+        return {"skipped": self._skipped} if self._skips else {}
+
+    def to_json(self) -> dict[str, Any]:
+        return {"loss": self.loss, "window": self._window, "skipped": self._skipped}
+
+    def _tell_spike(self, step: int, loss: float) -> None:
+        if len(self._recent) >= 50:
+            middle = float(np.median(self._recent))
+            spread = 1.4826 * float(np.median(np.abs(np.array(self._recent) - middle)))
+            if loss > middle + _SPIKE * max(spread, 1e-3 * abs(middle)):
+                logging.warning(
+                    "%s: loss %g at step %d, the median before is %g",
+                    *(self._name, loss, step, middle),
+                )
+        self._recent.append(loss)
+
+    def _bad_step(self, step: int, metrics: dict[str, float], told: Batch) -> str:
+        rows = {key: _local_rows(array) for key, array in told.items()}
+        path = self._logs / f"nonfinite_{self._name}_{step}.json"
+        if sharding.is_main_process():
+            # As text where JSON has no number for it.
+            bad = {key: str(value) for key, value in metrics.items()}
+            write_json(path, {"step": step, **bad, **{k: v.tolist() for k, v in rows.items()}})
+        self._manager.wait_until_finished()
+        good = self._manager.latest_step()
+        named = ", ".join(str(i) for i in rows.get("index", [])[:_NAMED])
+        return (
+            f"{self._name}: loss {metrics['loss']:g}, gradient norm {metrics['grad_norm']:g} at "
+            f"step {step} on examples {named}, ... (all in {path}); "
+            + (f"the newest good checkpoint is step {good}" if good else "no checkpoint before it")
+            + ("" if self._skips else "; --config.train.nonfinite=skip leaves such steps out")
+        )
 
 
-def _summary(history: list[dict[str, float]], steps: int) -> dict[str, float]:
-    if not history:
-        return {"steps": steps}
-    summary = {"steps": steps, "loss": history[-1]["loss"]}
+def _local_rows(array: jax.Array) -> np.ndarray:
+    """The rows of a batch that this process holds."""
+    return np.unique(np.concatenate([np.asarray(s.data) for s in array.addressable_shards]))
+
+
+def _disk_use(
+    folder: epath.Path, size: int, steps: int, *, keep: int, keep_every: int, keep_best: int
+) -> dict[str, int]:
+    """What checkpoints take and will take at most; raises `Failed` where not one has room."""
+    count = keep + keep_best + (steps // keep_every if keep_every else 0) + 1
+    use = {"checkpoint_bytes": size, "checkpoints_bytes_at_most": size * count}
+    if "://" in os.fspath(folder):
+        return use
+    there = next(place for place in (Path(folder), *Path(folder).parents) if place.exists())
+    free = shutil.disk_usage(there).free
+    if free < size:
+        raise Failed(
+            f"{folder}: {free:,} bytes are free, a checkpoint takes {size:,}; expected room for it"
+        )
+    if free < size * count:
+        logging.warning(
+            "%s: %s bytes are free; %d checkpoints of %s bytes may come to be there",
+            *(folder, f"{free:,}", count, f"{size:,}"),
+        )
+    return use
+
+
+def _speed(history: list[dict[str, float]]) -> dict[str, float]:
+    """Medians over the windows; the first one compiles and is left out where there are more."""
     timed = history[1:] or history
-    for key in ("images_per_second", "steps_per_second", "mfu", "data_wait"):
-        if key in history[-1]:
-            summary[key] = float(np.median([h[key] for h in timed]))
-    return summary
+    keys = ("images_per_second", "steps_per_second", "mfu", "data_wait")
+    return {
+        key: float(np.median([h[key] for h in timed])) for key in keys if timed and key in timed[-1]
+    }
