@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
@@ -61,10 +62,12 @@ class Look:
     Attributes:
         extractor: the network.
         jpeg: quality of a round trip before it, the same for all images that it compares; 0: none.
+        parts: where features are kept until the job has ended, so that a killed one goes on.
     """
 
     extractor: Extractor
     jpeg: int = 0
+    parts: epath.Path | None = None
 
     def __call__(self, images: Images, count: int, description: str) -> FeatureSet:
         """Features of images 0..count of `images`: this process looks at its share of them.
@@ -74,9 +77,11 @@ class Look:
         devices = jax.local_devices()
         mesh = jax.make_mesh((len(devices),), ("data",), (AxisType.Auto,), devices=devices)
         start, stop = share(count)
+        place = f"{description.replace(' ', '_')}-{start}-{stop}"
         return collect_features(
             self.extractor,
-            self._pixels(images(start, stop)),
+            lambda done: self._pixels(images(start + done, stop)),
+            parts=None if self.parts is None else self.parts / place,
             batch_size=-(-BATCH // len(devices)) * len(devices),
             total=stop - start,
             sharding=NamedSharding(mesh, PartitionSpec("data")),
@@ -155,10 +160,13 @@ def _classifier(config: ConfigDict, workdir: Workdir) -> tuple[Extractor, float]
         "width": section.classifier_width,
     }
     path = workdir.extractors / f"{name}.safetensors"
-    if path.exists():
-        metadata = read_extractor_metadata(path)
-        if all(metadata.get(key) == value for key, value in made_of.items()):
-            return load_extractor(path), metadata["accuracy"]
+    # A run that starts from another one's weights has the same judge, if it is of the same images.
+    others = [Workdir(epath.Path(config.init)).extractors / path.name] if config.init else []
+    for known in (path, *others):
+        if known.exists():
+            metadata = read_extractor_metadata(known)
+            if all(metadata.get(key) == value for key, value in made_of.items()):
+                return load_extractor(known), metadata["accuracy"]
     extractor, accuracy = train_classifier(
         train,
         test,
