@@ -15,12 +15,11 @@ from ml_collections import ConfigDict
 
 from lfm_jax.config import smoke, variants
 
-_BASE = Path(__file__).parent / "fashion_mnist.py"
-
 
 def fashion_mnist() -> ConfigDict:
     """The config of the run that this one starts from."""
-    spec = importlib.util.spec_from_file_location("fashion_mnist", _BASE)
+    file = Path(__file__).parent / "fashion_mnist.py"
+    spec = importlib.util.spec_from_file_location("fashion_mnist", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.get_config()

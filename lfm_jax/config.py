@@ -216,7 +216,7 @@ def default_config() -> ConfigDict:
     config.sample.solver = "euler"  # a name of flow.SOLVERS, or ddim
     config.sample.eta = 0.0  # noise on the way: of solver ddim (0 is the Euler step), or of sde
     config.sample.num_steps = 50  # intervals of a fixed-step solve; ignored when rtol is set
-    config.sample.grid = "uniform"  # spacing of the fixed steps: a name of flow.GRIDS
+    config.sample.grid = "uniform"  # fixed steps: a name of flow.GRIDS, or times "1,0.6,0.3,0"
     config.sample.rtol = placeholder(float)  # set both tolerances for an adaptive solve
     config.sample.atol = placeholder(float)
     config.sample.error_norm = (
@@ -274,7 +274,7 @@ def default_config() -> ConfigDict:
     config.evaluate.weights = placeholder(str)  # file of a published extractor; unset: its cache
     config.evaluate.pipeline = ""  # pixels to network: tf1 | torch | clean; empty: its usual one
     config.evaluate.metrics = ("fd", "kid", "pr")  # of evaluate.METRICS
-    config.evaluate.lpips = placeholder(str)  # inpainting: VGG16's file, or "VGG,LPIPS" with its own
+    config.evaluate.lpips = placeholder(str)  # inpainting: a file of VGG16, or "VGG16,LPIPS"
     config.evaluate.jpeg = 0  # quality of a JPEG round trip before judging (LFM: 75); 0: none
     config.evaluate.bootstrap = 0  # replicates of the interval of the Frechet distance; 0: none
     config.evaluate.force = False  # compare across pipelines all the same; the result is marked

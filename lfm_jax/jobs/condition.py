@@ -25,6 +25,7 @@ from lfm_jax.data.mask_files import open_masked
 from lfm_jax.data.pixels import Preprocess
 from lfm_jax.errors import UserError
 from lfm_jax.jobs import build
+from lfm_jax.jobs.judge import spread
 from lfm_jax.vae import Codec, from_uint8
 from lfm_jax.writers import image_grid
 
@@ -53,8 +54,8 @@ def make(config: ConfigDict, codec: Codec, split: str = "train") -> Condition | 
             scale=codec.scale,
             shift=codec.shift,
         )
-    annotations = _annotations(config, split)
-    classes = _classes(section, annotations)
+    found = annotations(config, split)
+    classes = _classes(section, found)
     if section.kind == "semantic":
         return Semantic(
             num_classes=classes,
@@ -64,17 +65,17 @@ def make(config: ConfigDict, codec: Codec, split: str = "train") -> Condition | 
             kind=section.rescaler,
             hidden=section.hidden,
             drop=section.drop,
-            read=annotations.batch,
+            read=found.batch,
         )
     return Layout(
         num_classes=classes,
-        max_objects=annotations.max_objects,
+        max_objects=found.max_objects,
         scheme=section.scheme,
         width=config.model.context_dim or 0,
         depth=section.depth,
         heads=section.heads,
         drop=section.drop,
-        read=annotations.batch,
+        read=found.batch,
     )
 
 
@@ -87,7 +88,7 @@ def cached_inputs(config: ConfigDict) -> dict[str, Any]:
     told = {key: full[key] for key in _CACHED}
     if section.kind != "inpainting":
         for split in config.encode.splits:
-            told[f"annotations of {split}"] = _annotations(config, split).fingerprint
+            told[f"annotations of {split}"] = annotations(config, split).fingerprint
     return {"condition": told}
 
 
@@ -191,11 +192,6 @@ def given_grid(given: Given, images: np.ndarray) -> Image.Image:
     return image_grid(cells, columns=len(columns))
 
 
-def spread(total: int, count: int) -> np.ndarray:
-    """`count` evenly spaced indices: no class is favoured in sources sorted by class."""
-    return np.linspace(0, total - 1, count).round().astype(int)
-
-
 def _of_user(config: ConfigDict, codec: Codec) -> Given:
     """Conditions from files; everything is read and checked before anything is sampled."""
     path, size = config.sample.given, config.data.image_size
@@ -243,8 +239,8 @@ def _user_maps(path: str, condition: Semantic) -> np.ndarray:
     return np.stack(maps)
 
 
-def _annotations(config: ConfigDict, split: str) -> Any:
-    """Maps or layouts of a split's images."""
+def annotations(config: ConfigDict, split: str) -> Any:
+    """The `MapSource` or `LayoutSource` of a split's images."""
     section, images = config.condition, build.images(config, split)
     options = {"split": split, "path": section.path or ""}
     if section.kind == "semantic":
@@ -253,10 +249,10 @@ def _annotations(config: ConfigDict, split: str) -> Any:
     return open_layouts(section.source, images, max_objects=section.max_objects, **options)
 
 
-def _classes(section: ConfigDict, annotations: Any) -> int:
-    found = getattr(annotations, "num_classes", 0) or len(annotations.class_names)
+def _classes(section: ConfigDict, source: Any) -> int:
+    found = getattr(source, "num_classes", 0) or len(source.class_names)
     if section.num_classes and found != section.num_classes:
         raise UserError(
-            f"--config.condition.num_classes={section.num_classes}: {annotations.name} has {found}"
+            f"--config.condition.num_classes={section.num_classes}: {source.name} has {found}"
         )
     return found

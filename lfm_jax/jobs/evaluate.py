@@ -11,10 +11,13 @@ import dataclasses
 import functools
 from typing import Any
 
+import jax
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 
 from lfm_jax import sharding
+from lfm_jax.config import content_hash, to_json
 from lfm_jax.data import ImageSource
 from lfm_jax.errors import UserError
 from lfm_jax.evaluate import (
@@ -33,6 +36,7 @@ from lfm_jax.evaluate import (
     statistics_of,
 )
 from lfm_jax.evaluate.variety import pixel_std_ratio, svc_accuracy
+from lfm_jax.features import Extractor
 from lfm_jax.jobs import build, obeyed
 from lfm_jax.jobs.judge import (
     Look,
@@ -60,7 +64,9 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     section = config.evaluate
     samples = _samples(config, workdir)
     extractor, accuracy = judge(config, workdir)
-    look = Look(extractor=extractor, jpeg=section.jpeg)
+    look = Look(
+        extractor=extractor, jpeg=section.jpeg, parts=_parts(config, workdir, samples, extractor)
+    )
     fake = look(of_file(samples), len(samples), "samples")
 
     figures: dict[str, Any] = {
@@ -84,13 +90,34 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     )
     if section.reference is not None:
         reference, rows = _reference(config, look, fake)
-        figures |= score(reference, real_features=rows)
+        figures |= score(reference, real_features=rows, allow_singular=section.singular)
         return figures | _beside_reference(config, workdir, look, fake, reference, figures)
     figures |= _beside_held_out(config, workdir, look, fake, samples, score)
     own = section.samples is None and config.sample.given is None
     if config.condition.kind != "none" and own:
         figures |= obeyed.measure(config, workdir, samples, look)
     return figures
+
+
+def clean(config: ConfigDict, workdir: Workdir) -> None:
+    """Remove the features, of which the result is made."""
+    if sharding.is_main_process() and (folder := workdir.root / "evaluation").exists():
+        folder.rmtree()
+
+
+def _parts(
+    config: ConfigDict, workdir: Workdir, samples: SampleFile, extractor: Extractor
+) -> epath.Path:
+    """Where features of exactly these images, seen by this judge, are kept."""
+    made_of = {
+        "config": to_json(config),
+        "samples": samples.sha256,
+        "extractor": extractor.fingerprint,
+        "codec": (workdir.result("autoencode") or {}).get("provenance"),
+        "processes": jax.process_count(),
+        "devices": jax.local_device_count(),
+    }
+    return workdir.root / "evaluation" / content_hash(made_of)[:16]
 
 
 def _samples(config: ConfigDict, workdir: Workdir) -> SampleFile:

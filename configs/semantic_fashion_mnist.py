@@ -1,0 +1,50 @@
+"""Semantic-to-image on Fashion-MNIST at 32x32: from a map of three classes, and the class.
+
+    python -m lfm_jax.main --config=configs/semantic_fashion_mnist.py --workdir=runs/semantic
+        --config.init=runs/fashion_mnist
+
+The map says background, garment and edge of every pixel, by a documented rule on real images
+(lfm_jax/data/maps.py), which also reads the map of a sample. Two CPU cores: about 10 minutes with
+`init`, the finished workdir of configs/fashion_mnist.py; without it everything is trained from
+scratch: raise train.steps. Figures: docs/results/conditions.json, measured by
+benchmarks/conditions.py.
+"""
+
+import importlib.util
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from lfm_jax.config import smoke, variants
+
+
+def fashion_mnist() -> ConfigDict:
+    """The config of the run that this one starts from."""
+    file = Path(__file__).parent / "fashion_mnist.py"
+    spec = importlib.util.spec_from_file_location("fashion_mnist", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    config = fashion_mnist()
+    config.condition.kind = "semantic"
+    config.condition.source = "garment_parts"
+    config.condition.channels = 16
+
+    config.train.steps = 1600
+    config.train.learning_rate = 5e-4
+    config.train.warmup_steps = 100
+    config.train.preview_every = 800
+
+    config.sample.num_samples = 2000
+    config.sample.batch_size = 500
+    config.sample.guidance = 1.0
+
+    return variants(config, variant, smoke=_smoke)
+
+
+def _smoke(config: ConfigDict) -> ConfigDict:
+    config.data.limit = 512
+    return smoke(config, synthetic=False)
