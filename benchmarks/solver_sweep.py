@@ -1,9 +1,10 @@
-"""Solvers and guidance on a trained run: FD, class accuracy and NFE, as a table and two pictures.
+"""Solvers and guidance on a trained run: FD, class accuracy and cost, as a table and two pictures.
 
-    python benchmarks/solver_sweep.py configs/fashion_mnist.py runs/fashion_mnist [samples]
+    python -m benchmarks.solver_sweep configs/fashion_mnist.py runs/fashion_mnist [samples]
 
-Samples of one row start from the same noise. FD is biased upwards at few samples, so the floor and
-the reconstruction are computed at the same count; accuracy never stands without it.
+Samples of one row start from the same noises. FD is biased upwards at few samples, so the floor and
+the reconstruction are computed at the same count; accuracy never stands without it. Rows are kept
+in ``<run>/results/solver_sweep.json`` as they come, so that a stopped sweep goes on.
 """
 
 import importlib.util
@@ -12,70 +13,96 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from benchmarks.figures import RESULTS
+from benchmarks.figures import RESULTS, record
 from lfm_jax import checkpoints
-from lfm_jax.evaluate import collect_features, frechet_of
+from lfm_jax.evaluate import frechet_of
 from lfm_jax.jobs import build
-from lfm_jax.jobs.evaluate import judge, reconstruct, spread
 from lfm_jax.jobs.generate import Generator, class_names
+from lfm_jax.jobs.judge import Look, judge, of_array, of_source, reconstructed, spread
 from lfm_jax.workdir import Workdir
 from lfm_jax.writers import image_grid, save_image
 
-GUIDANCE = (1.0, 1.5, 2.5)
-SOLVERS = (*(("euler", n, None) for n in (1, 2, 4, 8, 16, 50)), ("dopri5", 0, 1e-3))
+# guidance -> solver -> steps (or, below 1, tolerances)
+LINES: dict[float, dict[str, tuple[float, ...]]] = {
+    1.0: {"euler": (2, 4, 8, 16, 32)},
+    1.5: {
+        "euler": (2, 4, 8, 16, 32),
+        "heun": (2, 4, 8, 16),
+        "ab2": (4, 8, 16),
+        "bosh3": (3e-2, 1e-2),
+        "dopri5": (3e-2, 3e-3),
+    },
+    2.5: {"euler": (4, 8, 16, 32)},
+}
 _BATCH = 250
 
 
 def measure(config: Any, workdir: Workdir, count: int) -> tuple[list[dict], dict, np.ndarray]:
     """Rows of figures, the common floors, and the first sample of each class for every row."""
     extractor, accuracy = judge(config, workdir)
+    look = Look(extractor=extractor)
     train, test = build.images(config, "train"), build.images(config, "test")
-    collect = lambda images: collect_features(extractor, images, batch_size=_BATCH, progress=False)  # noqa: E731
-    held_out = spread(len(test), len(test))
-    real = collect(test.batch(held_out)["image"])
-    some = spread(len(test), count)
-    rebuilt = collect(np.concatenate(list(reconstruct(build.codec(config, workdir), test, some))))
+    real = look(of_source(test, spread(len(test), len(test))), len(test), "held-out real")
+    some = of_source(test, spread(len(test), count))
+    rebuilt = look(reconstructed(build.codec(config, workdir), some), count, "reconstructions")
+    floor = look(of_source(train, spread(len(train), count)), count, "train real")
     floors = {
         "classifier_accuracy": accuracy,
-        "fd_floor": _fd(collect(train.batch(spread(len(train), count))["image"]), real),
+        "fd_floor": _fd(floor, real),
         "fd_reconstruction": _fd(rebuilt, real),
         "count": count,
         "num_real": len(test),
     }
-    params = checkpoints.load_params(workdir.checkpoints)
+    kept = workdir.root / "results" / "solver_sweep.json"
+    key = f"{workdir.checkpoint()} {count}"
+    found = json.loads(kept.read_text()) if kept.exists() else {}
+    rows = found["rows"] if found.get("key") == key else []
+    shown = {name: np.asarray(x, np.uint8) for name, x in found.get("shown", {}).items()}
+    params = jax.tree.map(jax.numpy.asarray, checkpoints.load_params(workdir.checkpoints))
     labels = (np.arange(count) % config.data.num_classes).astype(np.int32)
-    rows, shown = [], []
-    for scale in GUIDANCE:
-        for solver, steps, tolerance in tqdm(SOLVERS, desc=f"guidance {scale:g}", unit="row"):
-            section = config.sample
-            section.guidance, section.solver = scale, solver
-            section.num_steps = steps or 1
-            section.rtol = section.atol = tolerance
-            generator = Generator.from_config(config, workdir)
-            parts = [
-                generator(params, range(i, i + _BATCH), labels[i : i + _BATCH])
-                for i in range(0, count, _BATCH)
-            ]
-            images = np.concatenate([images for images, _, _ in parts])
-            features = collect(images)
-            rows.append(
-                {
-                    "guidance": scale,
-                    "solver": f"{solver} {steps}" if steps else f"{solver} rtol {tolerance:g}",
-                    "nfe": float(np.mean([np.mean(stats["nfe"]) for _, _, stats in parts])),
-                    "network_calls": float(
-                        np.mean([np.mean(stats["network_calls"]) for _, _, stats in parts])
-                    ),
-                    "fd": _fd(features, real),
-                    "accuracy": float((features.logits.argmax(-1) == labels).mean()),
-                }
+    settings = [(w, s, n) for w, line in LINES.items() for s, many in line.items() for n in many]
+    for scale, solver, number in tqdm(settings, unit="row"):
+        name = _named(scale, solver, number)
+        if any(row["name"] == name for row in rows):
+            continue
+        section = config.sample
+        section.guidance, section.solver = scale, solver
+        section.num_steps = int(number) if number >= 1 else 1
+        section.rtol = section.atol = number if number < 1 else None
+        generator = Generator.from_config(config, workdir)
+        parts = [
+            generator(params, range(i, i + _BATCH), labels[i : i + _BATCH])
+            for i in range(0, count, _BATCH)
+        ]
+        images = np.concatenate([images for images, _, _ in parts])
+        features = look(of_array(images), count, name)
+        counts = {
+            key: float(np.mean([np.mean(stats[key]) for _, _, stats in parts]))
+            for key in ("nfe", "network_calls")
+        }
+        fd = _fd(features, real)
+        right = float((features.logits.argmax(-1) == labels).mean())
+        rows.append(
+            {"name": name, "guidance": scale, "solver": solver, "number": number}
+            | counts
+            | {"fd": fd, "accuracy": right}
+        )
+        shown[name] = images[: config.data.num_classes]
+        kept.write_text(
+            json.dumps(
+                {"key": key, "rows": rows, "shown": {k: v.tolist() for k, v in shown.items()}}
             )
-            shown.append(images[: config.data.num_classes])
-    return rows, floors, np.concatenate(shown)
+        )
+    return rows, floors, np.concatenate([shown[row["name"]] for row in rows])
+
+
+def _named(scale: float, solver: str, number: float) -> str:
+    return f"{solver} {number:g}, w {scale:g}"
 
 
 def _fd(features: Any, real: Any) -> float:
@@ -83,33 +110,38 @@ def _fd(features: Any, real: Any) -> float:
 
 
 def plot(rows: list[dict], floors: dict, path: Path) -> None:
-    """FD against executed network calls, a line a guidance scale, with both floors."""
+    """FD against velocity evaluations (left, one guidance) and executed network calls (right)."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(6.4, 4.2), constrained_layout=True)
-    for scale in GUIDANCE:
-        chosen = [r for r in rows if r["guidance"] == scale and r["solver"].startswith("euler")]
-        (line,) = axes.loglog(
-            [r["network_calls"] for r in chosen],
-            [r["fd"] for r in chosen],
-            "o-",
-            label=f"Euler, guidance {scale:g}",
-        )
-        adaptive = [r for r in rows if r["guidance"] == scale and r["solver"].startswith("dopri5")]
-        for row in adaptive:
-            axes.loglog(row["network_calls"], row["fd"], "*", ms=12, color=line.get_color())
-    axes.axhline(floors["fd_reconstruction"], color="gray", ls="--", label="reconstructions")
-    axes.axhline(floors["fd_floor"], color="gray", ls=":", label="real train images")
-    axes.set_xlabel("network calls a sample (stars: Dopri5)")
-    axes.set_ylabel(f"FD, {floors['count']} samples")
-    axes.legend(fontsize=8)
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(10.5, 4.2), constrained_layout=True, sharey=True
+    )
+    for solver in LINES[1.5]:
+        line = [row for row in rows if row["guidance"] == 1.5 and row["solver"] == solver]
+        style = "*--" if line[0]["number"] < 1 else "o-"
+        left.loglog([r["nfe"] for r in line], [r["fd"] for r in line], style, label=solver)
+    for scale in LINES:
+        line = [row for row in rows if row["guidance"] == scale and row["solver"] == "euler"]
+        calls = [r["network_calls"] for r in line]
+        right.loglog(calls, [r["fd"] for r in line], "o-", label=f"euler, guidance {scale:g}")
+    for axes, title in (
+        (left, "velocity evaluations (NFE), guidance 1.5"),
+        (right, "network calls a sample"),
+    ):
+        axes.axhline(floors["fd_reconstruction"], color="gray", ls="--", label="reconstructions")
+        axes.axhline(floors["fd_floor"], color="gray", ls=":", label="real train images")
+        axes.set_xlabel(title)
+        axes.legend(fontsize=8)
+        axes.grid(alpha=0.3)
+    left.set_ylabel(f"FD, {floors['count']} samples against {floors['num_real']} held-out")
     figure.savefig(path, dpi=120)
 
 
-def main(config_file: str, folder: str, count: str = "2000") -> None:
+def main(config_file: str, folder: str, count: str = "1000") -> None:
+    """Measures, draws, and records the cost of the best row."""
     spec = importlib.util.spec_from_file_location("experiment", config_file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -119,16 +151,31 @@ def main(config_file: str, folder: str, count: str = "2000") -> None:
     out.mkdir(parents=True, exist_ok=True)
     (out / "solvers.json").write_text(json.dumps({"floors": floors, "rows": rows}, indent=1) + "\n")
     plot(rows, floors, out / "solvers.png")
-    names = [f"{row['solver']}, w {row['guidance']:g}" for row in rows]
     columns = len(class_names(config))
+    names = [row["name"] for row in rows]
     save_image(out / "solver_samples.png", image_grid(images, columns=columns, row_labels=names))
-    print(f"{'solver':<16}{'guidance':>9}{'NFE':>7}{'calls':>7}{'FD':>9}{'accuracy':>10}")
+    print(f"{'row':<22}{'NFE':>7}{'calls':>7}{'FD':>9}{'accuracy':>10}")
     for row in rows:
         print(
-            f"{row['solver']:<16}{row['guidance']:>9g}{row['nfe']:>7.1f}"
-            f"{row['network_calls']:>7.1f}{row['fd']:>9.3f}{row['accuracy']:>10.3f}"
+            f"{row['name']:<22}{row['nfe']:>7.1f}{row['network_calls']:>7.1f}"
+            f"{row['fd']:>9.3f}{row['accuracy']:>10.3f}"
         )
-    print(json.dumps(floors))
+    best = min((row for row in rows if row["guidance"] == 1.5), key=lambda row: row["fd"])
+    near = min(
+        (r for r in rows if r["guidance"] == 1.5 and r["fd"] <= 1.1 * best["fd"]),
+        key=lambda row: row["nfe"],
+    )
+    record(
+        "sampling",
+        "NFE that come within 10 % of the best FD on Fashion-MNIST, guidance 1.5",
+        near["nfe"],
+        "report",
+        None,
+        f"python -m benchmarks.solver_sweep {config_file} runs/{Path(config_file).stem} {count}",
+        f"{near['name']}: FD {near['fd']:.3f}; best {best['name']}: {best['fd']:.3f} at "
+        f"{best['nfe']:.0f} NFE; reconstructions {floors['fd_reconstruction']:.3f}, real train "
+        f"{floors['fd_floor']:.3f}; {count} samples; all rows in fashion_mnist/solvers.json",
+    )
 
 
 if __name__ == "__main__":
