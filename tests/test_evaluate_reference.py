@@ -132,7 +132,7 @@ def test_unreadable_references_are_named(tmp_path):
 def test_pipelines_are_not_compared_unless_forced():
     fake = feature_set(seed=1, pipeline="tf1")
     other = reference(pipeline="torch")
-    with pytest.raises(UserError, match=r"made by 'Inception: torch .* evaluate.force_pipeline"):
+    with pytest.raises(UserError, match=r"made by 'Inception: torch .* evaluate.force"):
         evaluate.measure(fake, other, metrics=("fd",))
     marked = evaluate.measure(fake, other, metrics=("fd",), force=True)
     assert marked["warning"].startswith("NOT COMPARABLE") and marked["FID"] > 0

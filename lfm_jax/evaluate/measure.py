@@ -138,7 +138,7 @@ def _check_rank(statistics: FeatureStatistics, name: str, allow: bool) -> None:
     if statistics.count <= dim and not allow:
         raise UserError(
             f"{name}: {statistics.count} images for {dim} dimensions leave the covariance without "
-            f"full rank; accepted: more than {dim}, or evaluate.allow_singular=True"
+            f"full rank; accepted: more than {dim}, or evaluate.singular=True"
         )
 
 

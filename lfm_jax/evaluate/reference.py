@@ -137,7 +137,7 @@ def check_comparable(features: FeatureSet, reference: Reference, *, force: bool 
     theirs = reference.provenance.get("extractor_fingerprint", "")
     if not reference.pipeline:
         problem = f"its {reference.format} file does not say how its pixels were resized"
-        remedy = f"evaluate.reference_pipeline one of {', '.join(PIPELINES)}"
+        remedy = f"evaluate.pipeline says which: one of {', '.join(PIPELINES)}"
     elif reference.pipeline != features.pipeline:
         problem = f"made by {reference.pipeline!r}, the samples by {features.pipeline!r}"
         remedy = "the same pipeline for both"
@@ -148,7 +148,7 @@ def check_comparable(features: FeatureSet, reference: Reference, *, force: bool 
         return ""
     if not force:
         raise UserError(
-            f"evaluate.reference: {problem}; accepted: {remedy}, or evaluate.force_pipeline=True"
+            f"evaluate.reference: {problem}; accepted: {remedy}, or evaluate.force=True"
         )
     return f"NOT COMPARABLE: reference {problem}"
 

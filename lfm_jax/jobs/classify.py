@@ -36,7 +36,7 @@ def inputs(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
 def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     section = config.classifier
     model = network(config)
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    mesh = build.mesh(config)
     sharding.check_batch(mesh, "classifier.batch_size", section.batch_size)
     codec = build.codec(config, workdir)
     cache = open_cache(workdir.latents("train"), encoder=codec.fingerprint)
