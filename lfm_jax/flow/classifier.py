@@ -100,7 +100,10 @@ def classifier_guidance(
 def noisy_classifier_loss(
     model: nn.Module, *, scale: float, shift: float = 0.0, mirror: bool = False
 ) -> Loss:
-    """Cross-entropy of ``model.apply({"params": p}, x_t, t)``, as the train step wants a loss."""
+    """Cross-entropy of ``model.apply({"params": p}, x_t, t)``, as the train step wants a loss.
+
+    Latents without a label (-1) are left out.
+    """
 
     def loss(params, batch, key):
         position = batch["position"]
@@ -110,7 +113,10 @@ def noisy_classifier_loss(
         logits = model.apply({"params": params}, path.interpolate(x0, noise, t), t)
         log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
         label = batch["label"]
-        mean = -jnp.mean(jnp.take_along_axis(log_p, label[:, None], axis=-1))
-        return mean, {"accuracy": jnp.mean(jnp.argmax(log_p, -1) == label)}
+        known = label >= 0
+        count = jnp.maximum(jnp.sum(known), 1)
+        picked = jnp.take_along_axis(log_p, jnp.maximum(label, 0)[:, None], axis=-1)[:, 0]
+        right = known & (jnp.argmax(log_p, -1) == label)
+        return -jnp.sum(jnp.where(known, picked, 0)) / count, {"accuracy": jnp.sum(right) / count}
 
     return loss
