@@ -10,8 +10,11 @@ from lfm_jax.errors import UserError
 from lfm_jax.flow import (
     interpolate_samples,
     invert,
+    invert_through,
+    noised,
     reconstruction_errors,
     sample,
+    sample_through,
     slerp,
     switch_class,
 )
@@ -98,3 +101,24 @@ def test_class_switch_moves_every_sample_to_the_other_class():
 def test_bad_options_are_named(options, named):
     with pytest.raises(UserError, match=named):
         invert(VELOCITY, DATA, **options)
+
+
+def test_all_times_on_the_way_in_one_solve():
+    times = (0.3, 0.6, 1.0)
+    up = invert_through(VELOCITY, DATA, times, solver="rk4", num_steps=20)
+    down = sample_through(VELOCITY, NOISE, times, solver="rk4", num_steps=20)
+    for i, t in enumerate(times):
+        np.testing.assert_allclose(up[i], VELOCITY.solution(NOISE, t), atol=1e-3)
+        np.testing.assert_allclose(down[i], VELOCITY.solution(NOISE, t), atol=1e-3)
+    assert sample_through(VELOCITY, NOISE, (0.5,), num_steps=4).shape == (1, *NOISE.shape)
+    for wrong in ((0.6, 0.3), (), (0.5, 1.5), (0.0, 0.5)):
+        with pytest.raises(UserError, match="must rise"):
+            invert_through(VELOCITY, DATA, wrong)
+
+
+def test_noised_states_have_the_marginal_of_the_path():
+    data = jnp.full((2000, 4), 2.0)
+    keys = jax.random.split(jax.random.key(3), 2000)
+    states = noised(data, keys, t=0.25)
+    assert abs(float(states.mean()) - 1.5) < 0.02 and abs(float(states.std()) - 0.25) < 0.01
+    np.testing.assert_array_equal(noised(data[7:9], keys[7:9], t=0.25), states[7:9])
