@@ -42,11 +42,12 @@ setup(
     ],
     extras_require={
         "cuda": ["jax[cuda12]"],
-        "tpu": ["jax[tpu]"],
+        "tpu": ["jax[tpu]"],  # also to compile for TPUs on a host without one (--job=compile)
         "torch": ["torch>=2.4"],  # only to read .pt, .pth and .ckpt files
         "lmdb": ["lmdb>=1.4"],
         "wandb": ["wandb>=0.17"],
         "test": [
+            "jax[tpu]",
             "pytest>=8",
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the launchers: makes .venv, installs the package with the named extras once, and
 # installs again only when setup.py or the extras have changed.
 #   source launch/venv.sh; ensure_venv [extra ...]

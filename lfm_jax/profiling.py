@@ -25,12 +25,17 @@ _PEAKS = {
 }
 
 
+def stated_peak(device_kind: str) -> float | None:
+    """Dense bf16 peak of one device in FLOP/s, or None where it is not known."""
+    return next((peak for name, peak in _PEAKS.items() if name in device_kind), None)
+
+
 def peak_flops() -> float:
     """Peak FLOP/s of all devices: the stated one, or on unknown hardware that of a large matmul."""
     kind = jax.devices()[0].device_kind
-    for name, peak in _PEAKS.items():
-        if name in kind:
-            return peak * jax.device_count()
+    peak = stated_peak(kind)
+    if peak:
+        return peak * jax.device_count()
     # Virtual CPU devices share the same cores.
     return _measured_matmul() * (1 if kind == "cpu" else jax.device_count())
 

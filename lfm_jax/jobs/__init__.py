@@ -30,6 +30,7 @@ JOBS: dict[str, tuple[str, str]] = {
     "reference": ("reference", "write the statistics of real images for later comparisons"),
     "compare": ("compare", "show this run and others side by side on one HTML page"),
     "convert": ("convert", "fill the network with another project's weights"),
+    "compile": ("compile", "say what a step takes on a TPU slice, without having one"),
     "export": ("export", "write a release that plain orbax and safetensors open anywhere"),
 }
 
