@@ -125,7 +125,8 @@ def test_first_step_follows_the_velocity_and_not_the_direction_of_time():
 def test_gradient_through_an_adaptive_solve_is_finite_and_right():
     def end(std, differentiable):
         velocity = Gaussian(mean=jnp.asarray(0.3), std=std)
-        x, _ = sample(velocity, NOISE, solver="bosh3", rtol=1e-4, differentiable=differentiable)
+        options = {"solver": "bosh3", "rtol": 1e-4, "error_norm": "batch"}
+        x, _ = sample(velocity, NOISE, differentiable=differentiable, **options)
         return jnp.mean(x**2)
 
     std, h = jnp.asarray(0.5), 2e-2
@@ -199,6 +200,7 @@ def test_trajectory_ends_where_the_sample_does():
         ({"solver": "dopri5", "rtol": 1e-3, "atol": -1.0}, "atol: -1 "),
         ({"error_norm": "max"}, "max.*sample, batch"),
         ({"t_start": 1.5}, "within"),
+        ({"solver": "dopri5", "rtol": 1e-3, "differentiable": True}, "sample has no derivatives"),
     ],
 )
 def test_bad_options_are_named(options, named):

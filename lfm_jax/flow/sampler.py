@@ -52,7 +52,7 @@ def sample(
         error_norm: of an adaptive solve: per ``sample``, or over the whole ``batch`` (LFM).
         t_start: where to start; default ``velocity.t_max``.
         t_min: where to stop.
-        differentiable: allow reverse-mode derivatives.
+        differentiable: allow reverse-mode derivatives; an adaptive solve needs the ``batch`` norm.
 
     Returns:
         The samples, and the counts: ``nfe`` ``[b]`` velocity evaluations that a sample needed,
@@ -70,6 +70,11 @@ def sample(
         raise UserError(f"error_norm: {error_norm!r} is none of {', '.join(ERROR_NORMS)}")
     start = velocity.t_max if t_start is None else t_start
     check_interval(t_min, start, velocity.t_max)
+    if adaptive and differentiable and error_norm == "sample":
+        # Rows with steps of their own meet in one network call, whose derivative JAX cannot take.
+        raise UserError(
+            "error_norm: sample has no derivatives; expected batch, or fixed steps (no rtol, atol)"
+        )
     if adaptive:
         rtol, atol = rtol or atol, atol or rtol
         x, stats = _adaptive(
