@@ -4,11 +4,12 @@ Speed is a ratio measured in one run, alternating, median of repeats; networks c
 weights, since speed does not depend on them. Run it on an otherwise idle machine::
 
     python benchmarks/evaluate.py            # all questions
-    python benchmarks/evaluate.py frechet    # one: parity inception frechet recall
+    python benchmarks/evaluate.py frechet    # one: parity inception frechet recall devices
 """
 
 import importlib
 import json
+import os
 import resource
 import sys
 import time
@@ -236,7 +237,77 @@ def recall() -> None:
     )
 
 
-QUESTIONS = {"parity": parity, "inception": inception, "frechet": frechet, "recall": recall}
+_WORKER = """
+import sys
+import jax, numpy as np
+rank, processes, port, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+if processes > 1:
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(f"localhost:{port}", processes, rank)
+from flax import linen as nn
+from sklearn.datasets import load_digits
+from lfm_jax.features import Extractor
+from lfm_jax.jobs.judge import Look, of_array
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return {"features": nn.gelu(nn.Conv(16, (3, 3))(x)).reshape(x.shape[0], -1)[:, ::8]}
+
+params = Net().init(jax.random.key(0), np.zeros((1, 8, 8, 1), np.float32))["params"]
+extractor = Extractor(params=params, model=Net(), name="n", dim=128, input_size=8, channels=1)
+images = load_digits().data.astype(np.uint8).reshape(-1, 8, 8, 1)
+found = Look(extractor=extractor)(of_array(images), len(images), "digits")
+np.savez(f"{out}.{rank}.npz", rows=found.features, covariance=found.statistics.covariance)
+"""
+
+
+def devices() -> None:
+    """One device, eight devices and two processes see the same images."""
+    import socket
+    import subprocess
+    import tempfile
+
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = str(probe.getsockname()[1])
+    with tempfile.TemporaryDirectory() as folder:
+        found = {}
+        for name, processes, count in (("one", 1, 1), ("eight devices", 1, 8), ("two", 2, 1)):
+            environment = dict(os.environ, JAX_PLATFORMS="cpu")
+            environment["PYTHONPATH"] = str(Path(__file__).resolve().parent.parent)
+            environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={count}"
+            out = f"{folder}/{name}"
+            workers = [
+                subprocess.Popen(
+                    [sys.executable, "-c", _WORKER, str(rank), str(processes), port, out],
+                    env=environment,
+                )
+                for rank in range(processes)
+            ]
+            assert [worker.wait() for worker in workers] == [0] * processes
+            found[name] = [dict(np.load(f"{out}.{rank}.npz")) for rank in range(processes)]
+    one = found["one"][0]
+    for name, label in (("eight devices", "eight devices"), ("two", "two processes")):
+        worst = max(relative(f[key], one[key]) for f in found[name] for key in one)
+        record(
+            "evaluation",
+            f"features and covariance of {label}, relative difference to one device",
+            worst,
+            "<=",
+            1e-5,
+            f"{COMMAND} devices",
+            "1,797 digits through a small network; error over the largest value",
+        )
+
+
+QUESTIONS = {
+    "parity": parity,
+    "inception": inception,
+    "frechet": frechet,
+    "recall": recall,
+    "devices": devices,
+}
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from lfm_jax.evaluate.fid import frechet_distance, frechet_of
 from lfm_jax.evaluate.inception_score import inception_score
 from lfm_jax.evaluate.inpainting import inpainting_discrimination
 from lfm_jax.evaluate.kid import kid, polynomial_mmd2
-from lfm_jax.evaluate.measure import METRICS, measure, metric_name
+from lfm_jax.evaluate.measure import ENOUGH, METRICS, bias_note, measure, metric_name
 from lfm_jax.evaluate.memorisation import Memorisation, memorisation, nearest_neighbours
 from lfm_jax.evaluate.pixels import UINT8_RULES, jpeg_round_trip, to_bytes
 from lfm_jax.evaluate.precision_recall import ManifoldFigures, precision_recall
@@ -30,6 +30,7 @@ from lfm_jax.evaluate.samples import (
 from lfm_jax.evaluate.statistics import FeatureStatistics, StreamingStatistics
 
 __all__ = [
+    "ENOUGH",
     "FORMATS",
     "METRICS",
     "UINT8_RULES",
@@ -42,6 +43,7 @@ __all__ = [
     "SampleFile",
     "Samples",
     "StreamingStatistics",
+    "bias_note",
     "bootstrap",
     "check_comparable",
     "check_images",

@@ -75,10 +75,7 @@ def measure(
         target = statistics_of(reference)
         figures[name] = frechet_of(fake.statistics, target)
         if fake.count < ENOUGH:
-            figures["note"] = (
-                f"{name} of {fake.count} < {ENOUGH} images is biased upwards: "
-                "compare at equal counts only"
-            )
+            figures["note"] = bias_note(fake)
             logging.warning("%s", figures["note"])
         if resamples:
             figures[f"{name} interval"] = _interval(fake, target, resamples, seed, progress)
@@ -131,6 +128,16 @@ def metric_name(features: FeatureSet) -> str:
     The loader gives the bare name "Inception" to nothing else.
     """
     return "FID" if features.extractor == "Inception" else f"FD-{features.extractor}"
+
+
+def bias_note(features: FeatureSet) -> str:
+    """What to know of a Frechet distance of so few images."""
+    name, dim = metric_name(features), len(features.statistics.mean)
+    note = f"{name} of {features.count} < {ENOUGH} images is biased upwards: "
+    note += "compare at equal counts only"
+    if features.count <= dim:
+        note += f"; its covariance of {dim} dimensions has not full rank"
+    return note
 
 
 def _check_rank(statistics: FeatureStatistics, name: str, allow: bool) -> None:

@@ -22,7 +22,10 @@ from lfm_jax.writers import write_bytes
 # Okabe and Ito's colours: told apart with any colour vision, on light and dark ground.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a7700", "#7f7f7f")
 # Figures that must agree before others may be compared.
-CONDITIONS = ("metric", "pipeline", "extractor_fingerprint", "reference", "num_samples")
+CONDITIONS = (
+    *("metric", "pipeline", "extractor_fingerprint"),
+    *("reference", "num_samples", "jpeg_quality"),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -21,10 +21,12 @@ from lfm_jax.config import content_hash, to_json
 from lfm_jax.data import ImageSource
 from lfm_jax.errors import UserError
 from lfm_jax.evaluate import (
+    ENOUGH,
     FeatureSet,
     Memorisation,
     Reference,
     SampleFile,
+    bias_note,
     check_comparable,
     frechet_of,
     kid,
@@ -218,6 +220,8 @@ def _beside_held_out(
     # reported with the count rather than refused: the floor beside it shows the bias.
     figures = score(reference, allow_singular=True)
     figures |= {"metric": metric_name(fake), "num_real": count}
+    if fake.count < ENOUGH:
+        figures["note"] = bias_note(fake)
     figures["fd_samples"] = frechet_of(fake.statistics, real.statistics)
     rebuilt = None
     if section.floors:
