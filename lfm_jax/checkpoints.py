@@ -328,26 +328,25 @@ def save_release(folder: epath.PathLike, params: Any, config: dict) -> None:
     """Write host arrays as step 0 with items ``params`` and ``config``, replacing an older one.
 
     Host arrays carry no sharding, so that every orbax reader restores them without a target on any
-    number of devices.
+    number of devices. The older release goes only when the new one is whole.
     """
     handlers = {"params": ocp.StandardCheckpointHandler(), "config": ocp.JsonCheckpointHandler()}
     path = epath.Path(folder).absolute()
-    options = ocp.CheckpointManagerOptions(cleanup_tmp_directories=True)
-    with ocp.CheckpointManager(path, options=options, item_handlers=handlers) as manager:
-        if manager.latest_step() is not None:
-            manager.delete(0)
+    fresh, old = path / ".fresh", path / ".old"
+    for leftover in (fresh, old):
+        if leftover.exists():
+            leftover.rmtree()
+    with ocp.CheckpointManager(fresh, item_handlers=handlers) as manager, _saving(manager):
         items = {"params": ocp.args.StandardSave(params), "config": ocp.args.JsonSave(config)}
-        with _saving(manager):
-            manager.save(0, args=ocp.args.Composite(**items))
-            manager.wait_until_finished()
-            manager.check_for_errors()
-
-
-def load_release(folder: epath.PathLike) -> Any:
-    """Parameters of a release as host numpy."""
-    path = epath.Path(folder).absolute() / "0" / "params"
-    with ocp.StandardCheckpointer() as checkpointer:
-        return jax.tree.map(np.asarray, checkpointer.restore(path))
+        manager.save(0, args=ocp.args.Composite(**items))
+        manager.wait_until_finished()
+        manager.check_for_errors()
+    if (path / "0").exists():
+        (path / "0").rename(old)
+    (fresh / "0").rename(path / "0")
+    for leftover in (fresh, old):
+        if leftover.exists():
+            leftover.rmtree()
 
 
 def fingerprint(tree: Any) -> str:

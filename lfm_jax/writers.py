@@ -17,8 +17,12 @@ def write_bytes(path: epath.PathLike, content: bytes) -> None:
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.tmp"
-    temporary.write_bytes(content)
-    temporary.replace(path)
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except OSError:  # a full disk: what there is of it must not take up room
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: epath.PathLike, value: Any) -> None:
@@ -29,14 +33,15 @@ def write_json(path: epath.PathLike, value: Any) -> None:
 class ScalarWriter:
     """Scalars of a run to ``<folder>/<name>.jsonl`` and to TensorBoard event files beside it.
 
-    Lines of steps after `start` are dropped on opening: a resumed run logs every step once.
+    Lines of steps after `start` are dropped on opening: a resumed run logs every step once. So are
+    lines that are damaged: a log is no reason for a run not to go on.
     """
 
     def __init__(self, folder: epath.PathLike, name: str, *, start: int = 0):
         self._path = epath.Path(folder) / f"{name}.jsonl"
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        lines = self._path.read_text().splitlines() if self._path.exists() else []
-        self._lines = [line for line in lines if json.loads(line)["step"] <= start]
+        lines = self._path.read_bytes().splitlines() if self._path.exists() else []
+        self._lines = [line.decode() for line in lines if _step_of(line) <= start]
         # tensorboardX writes local files only; a run in a bucket keeps the JSON lines.
         self._board = None
         if "://" not in str(folder):
@@ -56,6 +61,14 @@ class ScalarWriter:
     def close(self) -> None:
         if self._board is not None:
             self._board.close()
+
+
+def _step_of(line: bytes) -> float:
+    """The step of a logged line, infinite where it cannot be read."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def image_grid(

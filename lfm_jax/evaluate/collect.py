@@ -2,20 +2,29 @@
 
 Every batch is padded to one size so that the network compiles once, sharded over the given devices,
 and reduced on the host in float64. Processes each pass their own share of the images and receive
-the statistics of all of them.
+the statistics of all of them. A pass may keep its features on disk as they come: killed, it goes on
+behind them and ends with the same bits.
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+import io
+import time
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import numpy as np
+from etils import epath
 from jaxtyping import Float
 from tqdm import tqdm
 
 from lfm_jax.errors import UserError
 from lfm_jax.evaluate.statistics import FeatureStatistics, StreamingStatistics, gather_bits
 from lfm_jax.features.extractor import Extractor
+from lfm_jax.writers import write_bytes
+
+# Seconds of work that a kill may cost; a part is a file of the features of so long.
+PART_SECONDS = 10.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,7 +57,7 @@ def _apply(extractor: Extractor, images):
 
 def collect_features(
     extractor: Extractor,
-    images: Iterable[np.ndarray] | np.ndarray,
+    images: Iterable[np.ndarray] | np.ndarray | Callable[[int], Iterable[np.ndarray]],
     *,
     batch_size: int = 100,
     total: int | None = None,
@@ -56,33 +65,34 @@ def collect_features(
     sharding: jax.sharding.Sharding | None = None,
     description: str = "features",
     progress: bool = True,
+    parts: epath.PathLike | None = None,
 ) -> FeatureSet:
     """Run `extractor` over `images` once.
 
     Args:
         images: this process's share: an array uint8 ``[n, h, w, c]`` or an iterable of such batches
-            of any sizes (they are cut and joined to `batch_size`).
+            of any sizes (they are cut and joined to `batch_size`); or a function that gives the
+            iterable from an image on, which `parts` needs.
         batch_size: images per forward pass and process; divisible by the devices of `sharding`.
         total: number of images to expect, for the progress bar only.
         keep: rows of features and logits to keep in memory per process; None keeps all.
         sharding: of the batch over local devices; None computes on the default device.
+        parts: a folder of this pass alone, where its features are kept; it is the caller's to name
+            it by everything they depend on, and to remove it.
 
     Raises:
         UserError: no images, or not uint8.
     """
     if isinstance(images, np.ndarray):
-        total, images = len(images), [images]
+        whole = images
+        total, images = len(whole), lambda start: [whole[start:]]
     streams, kept = {}, {"features": [], "logits": []}
     room = keep
     if sharding is not None:
         extractor = jax.device_put(extractor, _replicated(sharding))
     with tqdm(total=total, desc=description, unit="img", disable=not progress) as bar:
-        for batch in _rebatch(images, batch_size):
-            size = len(batch)
-            padded = np.pad(batch, [(0, batch_size - size), (0, 0), (0, 0), (0, 0)], mode="edge")
-            if sharding is not None:
-                padded = jax.device_put(padded, sharding)
-            out = {k: np.asarray(v)[:size] for k, v in _apply(extractor, padded).items()}
+        for out in _outputs(extractor, images, batch_size, sharding, parts):
+            size = len(out["features"])
             for name in ("features", "spatial"):
                 if name in out:
                     streams.setdefault(name, StreamingStatistics()).add(out[name])
@@ -105,6 +115,64 @@ def collect_features(
         features=rows["features"],
         logits=rows["logits"],
     )
+
+
+def _outputs(
+    extractor: Extractor,
+    images: Iterable[np.ndarray] | Callable[[int], Iterable[np.ndarray]],
+    batch_size: int,
+    sharding: jax.sharding.Sharding | None,
+    parts: epath.PathLike | None,
+) -> Iterator[dict[str, np.ndarray]]:
+    """What the network makes of each batch, from disk as far as it is there."""
+    done = 0
+    if parts is not None:
+        for out in _kept(epath.Path(parts), batch_size):
+            done += len(out["features"])
+            yield out
+    held: list[dict[str, np.ndarray]] = []
+    since = time.monotonic()
+    for batch in _rebatch(images(done) if callable(images) else images, batch_size):
+        size = len(batch)
+        padded = np.pad(batch, [(0, batch_size - size), (0, 0), (0, 0), (0, 0)], mode="edge")
+        if sharding is not None:
+            padded = jax.device_put(padded, sharding)
+        out = {k: np.asarray(v)[:size] for k, v in _apply(extractor, padded).items()}
+        yield out
+        if parts is not None:
+            held.append(out)
+            if time.monotonic() - since > PART_SECONDS:
+                done += _keep(epath.Path(parts), done, held)
+                held, since = [], time.monotonic()
+    if held:
+        _keep(epath.Path(parts), done, held)
+
+
+def _keep(folder: epath.Path, start: int, held: list[dict[str, np.ndarray]]) -> int:
+    """Write features of images from `start` on; how many."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **{k: np.concatenate([out[k] for out in held]) for k in held[0]})
+    write_bytes(folder / f"{start:09d}.npz", buffer.getvalue())
+    return sum(len(out["features"]) for out in held)
+
+
+def _kept(folder: epath.Path, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
+    """The features in a folder from image 0 on without a gap, batch by batch as they were made."""
+    done = 0
+    for path in sorted(folder.glob("*.npz")) if folder.exists() else []:
+        try:
+            with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
+                arrays = dict(file)
+        except (ValueError, OSError, EOFError, zipfile.BadZipFile):
+            return  # made again from here on
+        if int(path.stem) != done:
+            return
+        count = len(arrays["features"])
+        for start in range(0, count, batch_size):
+            yield {k: v[start : start + batch_size] for k, v in arrays.items()}
+        done += count
+        if count % batch_size:  # the end of the images
+            return
 
 
 def _rebatch(batches: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:

@@ -57,7 +57,7 @@ def fit(
     preview_every: int = 0,
     watch: Callable[[TrainState, int], None] | None = None,
     watch_every: int = 0,
-) -> tuple[TrainState, dict[str, float]]:
+) -> tuple[TrainState, dict[str, Any]]:
     """Train to `steps`, going on from the newest checkpoint under `folder`.
 
     Args:
