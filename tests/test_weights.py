@@ -1,5 +1,6 @@
 """Published weights: each family against an independent network with the same random weights."""
 
+import json
 import os
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 from lfm_jax import weights
 from lfm_jax.errors import UserError
 from lfm_jax.models import Cond, conventions, create_model
+from lfm_jax.weights.dit import diffusers_config
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -39,6 +41,14 @@ CASES = {
         8,
         3,
         10,
+    ),
+    "guided-diffusion-64": (
+        lambda: theirs.GuidedUNet(
+            64, (0.5, 1, 1), 1, (2,), 0, 3, 6, inside=True, head_channels=32, new_order=True
+        ),
+        8,
+        3,
+        0,
     ),
     "guided-diffusion, plain": (
         lambda: theirs.GuidedUNet(**GUIDED | {"cout": 3}, film=False, head_channels=32),
@@ -200,6 +210,14 @@ def test_diffusers_dit_in_and_out(tmp_path):
     other.load_state_dict({name: torch.from_numpy(value) for name, value in state.items()})
     expected = call_diffusers(network, 8, 4, 10)[..., :4]
     assert relative_error(call_diffusers(other, 8, 4, 10), expected) < 1e-5
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    out.rename(folder / "diffusion_pytorch_model.safetensors")
+    described = diffusers_config(found.model(), 8, 4)
+    (folder / "config.json").write_text(json.dumps(described))
+    opened = diffusers.DiTTransformer2DModel.from_pretrained(folder)
+    assert relative_error(call_diffusers(opened, 8, 4, 10), expected) < 1e-5
+    out = folder / "diffusion_pytorch_model.safetensors"
     again = weights.load_torch("diffusers-dit", out, model=found.model())
     jax.tree.map(np.testing.assert_array_equal, found.params, again)
 
@@ -247,21 +265,33 @@ def test_time_runs_the_right_way_in_sit(tmp_path):
     np.testing.assert_allclose(ours, expected, atol=TOLERANCE * np.abs(expected).max())
 
 
-def test_vp_noise_prediction_becomes_the_gaussian_velocity():
+def cosine_betas():
+    def signal(u):
+        return np.cos((u + 0.008) / 1.008 * np.pi / 2) ** 2
+
+    steps = np.arange(1000)
+    return np.minimum(1 - signal((steps + 1) / 1000) / signal(steps / 1000), 0.999)
+
+
+@pytest.mark.parametrize(
+    ("convention", "betas", "last"),
+    [("vp", np.linspace(1e-4, 0.02, 1000), 0.9937), ("vp_cosine", cosine_betas(), 0.99995)],
+)
+def test_vp_noise_prediction_becomes_the_gaussian_velocity(convention, betas, last):
     """Data N(mu, s^2): the exact noise predictor, translated, is the closed-form velocity."""
     mu, s = 0.7, 0.4
-    kept = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+    kept = np.cumprod(1 - betas)
     log_snr = np.log(kept / (1 - kept))
 
     def velocity(x, t):
-        x_vp, time = conventions.enter("vp", x, t)
+        x_vp, time = conventions.enter(convention, x, t)
         snr = jnp.interp(time * 1000, jnp.arange(1000.0), jnp.asarray(log_snr, jnp.float32))
         a, sigma = (jnp.sqrt(jax.nn.sigmoid(z))[:, None, None, None] for z in (snr, -snr))
         eps = sigma * (x_vp - a * mu) / (a**2 * s**2 + sigma**2)
-        return conventions.leave("vp", eps, x, t)
+        return conventions.leave(convention, eps, x, t)
 
-    t_max = conventions.t_max("vp")
-    assert t_max == pytest.approx(0.9937, abs=5e-5)
+    t_max = conventions.t_max(convention)
+    assert t_max == pytest.approx(last, abs=5e-5)
     t = jnp.linspace(0.02, t_max, 200)
     x = jax.random.normal(jax.random.key(0), (200, 1, 1, 1))
     r = t[:, None, None, None]
@@ -313,6 +343,7 @@ def test_bad_files_are_refused_with_the_first_culprit(tmp_path):
     refused("lfm-dit", tmp_path / "good.pt", "blocks.1.", "more than", model=small)
     refused("lfm-dit", tmp_path / "good.pt", "UNet", model=create_model("unet"))
     refused("lfm-dit", tmp_path / "good.pt", "weights", "ema", weights="ema")
+    refused("lfm-dit", tmp_path / "good.pt", "sha256 is", "expected 12ab", sha256="12ab")
 
     torch.save({k: v for k, v in state.items() if k != "blocks.1.mlp.fc1.bias"}, tmp_path / "a.pt")
     refused("lfm-dit", tmp_path / "a.pt", "blocks.1.mlp.fc1.bias", "missing")
@@ -369,6 +400,9 @@ def test_a_url_is_fetched_once_into_the_users_cache(tmp_path, monkeypatch):
     url = f"http://127.0.0.1:{server.server_port}/model.pt"
     first = weights.read_tensors(url)
     refused("lfm-dit", url.replace("model", "absent"), "download failed")
+    # What a site answers that wants a click first is no file of weights, and is not kept as one.
+    (tmp_path / "site/page.html").write_text("<html>click here</html>")
+    refused("lfm-dit", url.replace("model.pt", "page.html"), "is a web page")
     server.shutdown()
     server.server_close()
     again = weights.read_tensors(url)

@@ -137,8 +137,9 @@ class GuidedRes(nn.Module):
 
 
 class GuidedAttention(nn.Module):
-    def __init__(self, channels, heads):
+    def __init__(self, channels, heads, new_order=False):
         super().__init__()
+        self.new_order = new_order
         self.heads, self.norm = heads, nn.GroupNorm(32, channels)
         self.qkv, self.proj_out = (
             nn.Conv1d(channels, 3 * channels, 1),
@@ -147,7 +148,10 @@ class GuidedAttention(nn.Module):
 
     def forward(self, x, emb=None):
         b, c, *_ = x.shape
-        qkv = self.qkv(self.norm(x).reshape(b, c, -1)).view(b * self.heads, 3 * c // self.heads, -1)
+        qkv = self.qkv(self.norm(x).reshape(b, c, -1))
+        if self.new_order:  # q, k and v one after the other instead of head by head
+            qkv = qkv.view(b, 3, self.heads, c // self.heads, -1).transpose(1, 2)
+        qkv = qkv.reshape(b * self.heads, 3 * c // self.heads, -1)
         q, k, v = (z.transpose(1, 2) for z in qkv.chunk(3, 1))
         y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, c, -1)
         return x + self.proj_out(y).view(x.shape)
@@ -192,6 +196,7 @@ class GuidedUNet(nn.Module):
         film=True,
         inside=False,
         head_channels=0,
+        new_order=False,
     ):
         super().__init__()
         emb, width, ds = 4 * channels, int(channels * mult[0]), 1
@@ -201,7 +206,7 @@ class GuidedUNet(nn.Module):
             self.label_emb = nn.Embedding(classes, emb)
 
         def attention(c):
-            return GuidedAttention(c, c // head_channels if head_channels else heads)
+            return GuidedAttention(c, c // head_channels if head_channels else heads, new_order)
 
         self.input_blocks = nn.ModuleList([Chain([nn.Conv2d(cin, width, 3, 1, 1)])])
         skips = [width]

@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -48,11 +49,16 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     told = {"family": section.family, "sha256": imported.sha256, "weights": imported.weights}
     origin.keep(workdir, imported.name, fields, classes, told)
 
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    params = jax.tree.map(jax.numpy.asarray, imported.params)
+    mesh = build.mesh(config)
+    shapes = jax.tree.map(lambda p: p.shape, imported.params)
+    # Placed afterwards: as constants of a program gigabytes would be compiled.
     state = create_state(
-        lambda: params, build.optimizer(config.train), mesh, ema=config.train.ema_decay > 0
+        lambda: jax.tree.map(jnp.zeros, shapes, is_leaf=lambda x: isinstance(x, tuple)),
+        build.optimizer(config.train),
+        mesh,
+        ema=config.train.ema_decay > 0,
     )
+    state = origin.started_from(state, imported.params)
     with checkpoints.open_manager(workdir.checkpoints) as manager:
         data = {"record": {"converted": told}, "examples_drawn": 0}
         checkpoints.save(manager, 0, state, data=data, config=to_json(config), force=True)

@@ -12,6 +12,7 @@ import os
 import sys
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 from ml_collections import ConfigDict
@@ -25,6 +26,7 @@ from lfm_jax.jobs import build, origin
 from lfm_jax.models import count_params
 from lfm_jax.vae import Codec, save_vae
 from lfm_jax.weights import FAMILIES, save_torch
+from lfm_jax.weights.dit import diffusers_config
 from lfm_jax.workdir import Workdir
 from lfm_jax.writers import write_bytes, write_json
 
@@ -66,9 +68,7 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     if config.autoencoder.kind == "train":
         _write_autoencoder(release / "vae", codec)
     for family in section.families:
-        model, side = build.network(config), described["latents"]["shape"][0]
-        file = release / f"{family}.safetensors"
-        save_torch(family, params, file, model=model, latent_size=side)
+        _write_family(release, family, build.network(config), params, described["latents"]["shape"])
     write_bytes(release / "README.md", _card(config, workdir, described, params).encode())
     files = {str(p.relative_to(release)): p.stat().length for p in _files(release)}
     return {
@@ -104,6 +104,17 @@ def _licence(config: ConfigDict, workdir: Workdir) -> str:
 def _write_autoencoder(folder: Any, codec: Codec) -> None:
     model = codec.model.clone(scaling_factor=codec.scale, shift_factor=codec.shift)
     save_vae(os.fspath(folder), model, codec.params)
+
+
+def _write_family(
+    release: Any, family: str, model: nn.Module, params: Any, shape: list[int]
+) -> None:
+    file = release / f"{family}.safetensors"
+    if family == "diffusers-dit":  # opened by folder
+        file = release / family / "diffusion_pytorch_model.safetensors"
+        file.parent.mkdir(exist_ok=True)
+        write_json(file.parent / "config.json", diffusers_config(model, shape[0], shape[2]))
+    save_torch(family, params, file, model=model, latent_size=shape[0])
 
 
 def _files(release: Any) -> list[Any]:

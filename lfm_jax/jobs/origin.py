@@ -10,6 +10,8 @@ starts from it.
 import json
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -17,6 +19,7 @@ from lfm_jax import checkpoints, sharding
 from lfm_jax.config import overrides
 from lfm_jax.errors import UserError
 from lfm_jax.models import NAMES
+from lfm_jax.state import TrainState
 from lfm_jax.workdir import Workdir
 from lfm_jax.writers import write_json
 
@@ -85,6 +88,13 @@ def initial_params(init: str) -> Any:
             f"--config.init={init}: expected a workdir with checkpoints, or a release of one"
         )
     return checkpoints.load_params(folder / "checkpoints")
+
+
+def started_from(state: TrainState, params: Any) -> TrainState:
+    """A fresh state with these parameters, and their average, in its shardings."""
+    placed = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), params, state.params)
+    ema = None if state.ema is None else jax.tree.map(jnp.copy, placed)
+    return state.replace(params=placed, ema=ema)
 
 
 def _check(config: ConfigDict, told: dict[str, Any], where: epath.Path) -> None:

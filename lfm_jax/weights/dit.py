@@ -8,6 +8,7 @@ position table in the files is checked against the computed one and dropped.
 
 import math
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import numpy as np
@@ -190,6 +191,22 @@ def _copies(model: model_dit.DiT, tensors: dict, side: int) -> dict[str, np.ndar
         name.replace(first, EMBEDDER.format(i)): value
         for i in range(1, model.depth)
         for name, value in shared.items()
+    }
+
+
+def diffusers_config(model: model_dit.DiT, side: int, channels: int) -> dict[str, Any]:
+    """The ``config.json`` with which ``DiTTransformer2DModel.from_pretrained`` opens a file."""
+    return {
+        "_class_name": "DiTTransformer2DModel",
+        "num_attention_heads": model.heads,
+        "attention_head_dim": model.hidden // model.heads,
+        "in_channels": channels,
+        "out_channels": model.out_channels or channels,
+        "num_layers": model.depth,
+        "sample_size": side,
+        "patch_size": model.patch,
+        "num_embeds_ada_norm": model.num_classes,
+        "norm_eps": 1e-6,
     }
 
 
