@@ -102,7 +102,7 @@ class Generator:
     def __call__(
         self,
         params: Any,
-        indices: Sequence[int],
+        indices: Sequence[int] | np.ndarray,
         labels: Int[np.ndarray, " n"] | None,
         *,
         decode: bool = True,
@@ -126,7 +126,7 @@ class Generator:
     def strip(
         self,
         params: Any,
-        indices: Sequence[int],
+        indices: Sequence[int] | np.ndarray,
         labels: Int[np.ndarray, " n"] | None,
         *,
         count: int,
@@ -179,7 +179,7 @@ class Generator:
             self._static(), self.codec, params, places, classes, inputs, self.beside
         )
 
-    def _inputs(self, indices: Sequence[int]) -> dict[str, jax.Array]:
+    def _inputs(self, indices: Sequence[int] | np.ndarray) -> dict[str, jax.Array]:
         """What the condition's input is made of, a row a sample; empty without a condition."""
         if self.given is None:
             return {}
