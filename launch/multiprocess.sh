@@ -63,25 +63,26 @@ done
 # What a scheduler sends to this script is meant for the processes.
 trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' TERM INT
 
-status=0
-left=${#pids[@]}
-while [ "$left" -gt 0 ]; do
-  code=0
-  wait -n "${pids[@]}" || code=$?
-  alive=0
+status=0 killer=""
+while [ ${#pids[@]} -gt 0 ]; do
+  code=0 ended=""
+  wait -n -p ended "${pids[@]}" || code=$?
+  [ -n "$ended" ] || continue # a signal woke us, no process ended
+  left=()
   for pid in "${pids[@]}"; do
-    kill -0 "$pid" 2>/dev/null && alive=$((alive + 1))
+    [ "$pid" = "$ended" ] || left+=("$pid")
   done
-  [ "$alive" -lt "$left" ] || continue # a signal woke us, no process ended
-  left=$alive
+  pids=("${left[@]}")
   if [ "$code" = 75 ]; then
     status=75
   elif [ "$code" -ne 0 ]; then
     # A signal's number is no status of ours.
     [ "$status" -ne 0 ] || status=$((code > 2 ? 1 : code))
     # The others notice by themselves; where they do not, they are ended.
-    (sleep "${LFM_LOST_AFTER:-60}"; kill -KILL "${pids[@]}" 2>/dev/null || true) &
-    killer=$!
+    if [ -z "$killer" ] && [ ${#pids[@]} -gt 0 ]; then
+      (sleep "${LFM_LOST_AFTER:-60}"; kill -KILL "${pids[@]}" 2>/dev/null || true) &
+      killer=$!
+    fi
   fi
 done
 [ -z "${killer:-}" ] || kill "$killer" 2>/dev/null || true
