@@ -349,6 +349,13 @@ def save_release(folder: epath.PathLike, params: Any, config: dict) -> None:
             leftover.rmtree()
 
 
+def load_release(folder: epath.PathLike) -> Any:
+    """Parameters of a release as host numpy."""
+    path = epath.Path(folder).absolute() / "0" / "params"
+    with ocp.StandardCheckpointer() as checkpointer:
+        return jax.tree.map(np.asarray, checkpointer.restore(path))
+
+
 def fingerprint(tree: Any) -> str:
     """sha256 over the names, shapes, dtypes and bytes of a tree of host arrays."""
     digest = hashlib.sha256()
