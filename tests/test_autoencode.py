@@ -37,6 +37,7 @@ def test_reconstructions_are_judged_and_shown(tmp_path):
     assert "rfd" not in jobs.run_job("reconstruct", config, str(tmp_path))
 
 
+@pytest.mark.slow
 def test_latent_diffusions_recipe(tmp_path):
     random = np.random.default_rng(0)
     tensors, channels = {}, 3

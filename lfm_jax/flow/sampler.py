@@ -133,7 +133,9 @@ def check_interval(low: float, high: float, t_max: float) -> None:
         )
 
 
-def describe_failure(stats: dict[str, Array], indices: Sequence[int] | None = None) -> str | None:
+def describe_failure(
+    stats: dict[str, Any], indices: Sequence[int] | np.ndarray | None = None
+) -> str | None:
     """One line on the samples that are not finite, or None when all are.
 
     Args:

@@ -56,7 +56,7 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
         )
     if (other := takeover.origin(config)) is not None:
         return takeover.take_autoencoder(config, workdir, other)
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    mesh = build.mesh(config)
     sharding.check_batch(mesh, "autoencoder.batch_size", section.batch_size)
     source = build.images(config, "train")
     model = build.autoencoder(config)
@@ -74,7 +74,7 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     loss, init = _objective(section, model, jnp.zeros((1, side, side, channels)))
     state = create_state(lambda: init(key), tx, mesh, ema=section.ema_decay > 0)
     skips = config.train.nonfinite == "skip"
-    step = make_step(loss, tx, key, ema_decay=section.ema_decay, skip_nonfinite=skips)
+    step = make_step(loss, tx, key, ema_decay=section.ema_decay, skip_nonfinite=skips, like=state)
 
     state, figures = fit(
         "autoencode",
@@ -155,9 +155,10 @@ def _measure_scale(model: Any, params: Any, source: Any) -> tuple[float, float]:
     """Scale and shift over evenly spaced images."""
     count = min(_SCALE_IMAGES, len(source))
     indices = np.linspace(0, len(source) - 1, count).astype(int)
-    encode = jax.jit(make_codec(model, params).encode_moments)
+    encode = jax.jit(lambda codec, images: codec.encode_moments(images))
+    codec = make_codec(model, params)
     moments = [
-        np.asarray(encode(from_uint8(source.batch(chunk)["image"])))
+        np.asarray(encode(codec, from_uint8(source.batch(chunk)["image"])))
         for chunk in np.array_split(indices, max(1, count // 256))
     ]
     return measure_scale(np.concatenate(moments))
