@@ -1,9 +1,9 @@
 """The pipeline's figures, read from the results of finished runs and recorded with their bounds.
 
 bash launch/local.sh
-python benchmarks/pipeline.py digits runs/digits
+python -m benchmarks.pipeline digits runs/digits
 bash launch/local.sh --config=configs/fashion_mnist.py --workdir=runs/fashion_mnist
-python benchmarks/pipeline.py fashion_mnist runs/fashion_mnist
+python -m benchmarks.pipeline fashion_mnist runs/fashion_mnist
 """
 
 import json
@@ -82,7 +82,7 @@ def main(name: str, workdir: str) -> None:
     folder = Path(workdir) / "results"
     results = {stage: json.loads((folder / f"{stage}.json").read_text()) for stage in stages}
     config = f"--config=configs/{name}.py --workdir=runs/{name}"
-    command = f"python -m lfm_jax.main {config} && python benchmarks/pipeline.py {name} runs/{name}"
+    command = f"bash launch/local.sh {config} && python -m benchmarks.pipeline {name} runs/{name}"
     {"digits": digits, "fashion_mnist": fashion_mnist}[name](results, command)
 
 
