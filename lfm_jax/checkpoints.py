@@ -293,7 +293,7 @@ def load_params(folder: epath.PathLike, *, ema: bool = True, step: int | None = 
 
 def _read_params(folder: epath.Path, step: int, ema: bool) -> Any:
     handlers = _handlers(ocp.PyTreeCheckpointHandler())
-    options = ocp.CheckpointManagerOptions(create=False, read_only=True)
+    options = ocp.CheckpointManagerOptions(create=False)
     with ocp.CheckpointManager(folder, options=options, item_handlers=handlers) as manager:
         wanted = read_data(manager, step).get(_SUMS, {})
         where = folder / str(step)

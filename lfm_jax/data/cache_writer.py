@@ -32,6 +32,7 @@ from lfm_jax.data.latents import (
     local_folder,
     open_cache,
     open_reader,
+    seal,
 )
 from lfm_jax.errors import UserError
 
@@ -195,7 +196,7 @@ class CacheWriter:
                 {key: part[key] for key in ("file", "count", "bytes", "sha256")} for part in parts
             ]
             description = {**self._plan, "split": self._split, **totals.summary(), "shards": shards}
-            _write_json(self.folder / METADATA, description)
+            _write_json(self.folder / METADATA, seal(description))
         return open_cache(self.folder)
 
     # ---- what is on disk
@@ -229,9 +230,9 @@ class CacheWriter:
         try:
             part = json.loads(self._part_path(shard).read_text())
             size = (self.folder / self._file(shard)).stat().st_size
-        except (OSError, ValueError):
+            done = part["plan"] == self._plan_hash() and part["bytes"] == size
+        except (OSError, ValueError, KeyError, TypeError):
             return None
-        done = part["plan"] == self._plan_hash() and part["bytes"] == size
         return part if done else None
 
     def _plan_hash(self) -> str:

@@ -9,6 +9,7 @@ import csv
 import io
 import json
 import os
+import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
@@ -49,8 +50,13 @@ def open_folder(path: str, *, split: str, preprocess: Preprocess, labels: str = 
         raise UserError(f"folder {path!r}: no such folder; expected one of image files")
     inside = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
     root = root / _split_prefix(inside, split, path)
-    sizes = {}
+    sizes, walked = {}, set()
     for parent, folders, names in os.walk(root, followlinks=True):
+        place = os.path.realpath(parent)
+        if place in walked:  # a link back up: what is behind it has been seen
+            folders.clear()
+            continue
+        walked.add(place)
         folders.sort()
         prefix = "" if parent == os.fspath(root) else os.path.relpath(parent, root) + "/"
         for name in names:
@@ -70,7 +76,7 @@ def open_zip(path: str, *, split: str, preprocess: Preprocess, labels: str = "")
         raise UserError(f"zip {path!r}: no such file")
     try:
         archive = zipfile.ZipFile(file)
-    except zipfile.BadZipFile as error:
+    except Exception as error:  # zipfile raises nearly anything on damaged files
         raise UserError(f"zip {path!r}: truncated or damaged ({error})") from None
     entries = [entry for entry in archive.infolist() if not entry.is_dir()]
     inside = sorted({entry.filename.split("/")[0] for entry in entries if "/" in entry.filename})
@@ -183,7 +189,7 @@ def _csv_rows(data: bytes, where: str) -> dict[str, str]:
 def _json_rows(data: bytes, where: str) -> dict[str, str]:
     try:
         return {name: str(int(label)) for name, label in json.loads(data)["labels"] or []}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
         raise UserError(
             f'{where}: {error}; expected {{"labels": [["file", class], ...]}}'
         ) from None
@@ -196,7 +202,7 @@ def _from_table(
     if missing:
         raise UserError(f"{where}: no label for {missing[0]} ({len(missing)} files without one)")
     values = [rows[name] for name in names]
-    if all(value.lstrip("-").isdecimal() for value in values):
+    if all(re.fullmatch(r"-?[0-9]{1,9}", value) for value in values):
         numbers = [int(value) for value in values]
         for name, number in zip(names, numbers, strict=True):
             if not 0 <= number < _MAX_CLASSES:

@@ -18,6 +18,7 @@ import io
 import json
 import os
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from lfm_jax.errors import UserError
 
 SD_SCALE = 0.18215
 _MIN_LOGVAR = -30.0
+_MAX_FILE_BYTES = 1 << 29  # a zip entry may claim any size
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -170,7 +172,11 @@ def _edm2(root: Path) -> LatentStore:
     else:
         try:
             archive = zipfile.ZipFile(root)
-        except zipfile.BadZipFile as error:
+            if any(entry.file_size > _MAX_FILE_BYTES for entry in archive.infolist()):
+                raise UserError(f"{root}: an entry unpacks to over {_MAX_FILE_BYTES} bytes")
+        except UserError:
+            raise
+        except Exception as error:  # zipfile raises nearly anything on damaged files
             raise UserError(f"{root}: expected a folder or a zip file ({error})") from None
         sizes = {e.filename: e.file_size for e in archive.infolist() if _is(e.filename, ".npy")}
         raw = archive.read
@@ -181,6 +187,8 @@ def _edm2(root: Path) -> LatentStore:
         labels = {name: int(label) for name, label in table} if table else {}
     except (OSError, KeyError):
         raise UserError(f"{root}: no dataset.json beside the latents") from None
+    except (zipfile.BadZipFile, zlib.error, RuntimeError) as error:
+        raise UserError(f"{root}/dataset.json: not readable ({error})") from None
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{root}/dataset.json: {error}; expected labels as [file, class]") from None
     if labels:

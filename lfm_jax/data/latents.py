@@ -32,6 +32,7 @@ from lfm_jax.errors import UserError
 
 METADATA = "metadata.json"
 PLAN = "plan.json"
+_SEAL = "checksum"
 _VERIFY_BELOW = 1 << 28  # bytes; a sha256 of that takes about 0.2 s
 
 
@@ -153,12 +154,15 @@ def open_cache(
     folder = local_folder(folder)
     try:
         metadata = json.loads((folder / METADATA).read_text())
-        shards, _ = metadata["shards"], metadata["features"]
+        _check_description(metadata)
     except FileNotFoundError:
         state = "not finished" if (folder / PLAN).exists() else "none there"
         raise UserError(f"latent cache {folder}: {state}; run --job=encode first") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / METADATA}: damaged ({error!r}); encode again") from None
+    # A file that is no such description raises nearly anything, recursion errors included.
+    except Exception as error:
+        reason = " ".join(repr(error).split())[:200]
+        raise UserError(f"{folder / METADATA}: damaged ({reason}); encode again") from None
+    shards = metadata["shards"]
     if encoder is not None and metadata["encoder"] != encoder:
         raise UserError(
             f"latent cache {folder}: made by encoder {metadata['encoder']}; expected {encoder}, "
@@ -175,11 +179,47 @@ def open_cache(
     return cache
 
 
+def seal(description: dict[str, Any]) -> dict[str, Any]:
+    """The description with a checksum of the rest of it."""
+    content = {key: value for key, value in description.items() if key != _SEAL}
+    text = json.dumps(content, sort_keys=True)
+    return {**content, _SEAL: hashlib.sha256(text.encode()).hexdigest()}
+
+
+def _check_description(metadata: dict[str, Any]) -> None:
+    """Raise whatever for one that `CacheWriter` cannot have written."""
+    if _SEAL in metadata and seal(metadata) != metadata:
+        raise ValueError("its checksum differs")
+    features = features_from_json(metadata["features"])
+    wanted = {"moments": "f", "label": "i", "index": "i"}
+    for name, feature in features.items():
+        kind = np.dtype(feature.dtype).kind
+        sizes = (*feature.shape, 1)
+        if kind not in wanted.get(name, "biuf") or not all(type(n) is int and n > 0 for n in sizes):
+            raise ValueError(f"feature {name} is {feature}")
+    if not wanted.keys() <= features.keys() or len(features["moments"].shape) != 3:
+        raise ValueError(f"features {', '.join(features)}")
+    bytes_each = sum(feature.bytes for feature in features.values())
+    for shard in metadata["shards"]:
+        name, count, size = shard["file"], shard["count"], shard["bytes"]
+        # A name alone: a description from elsewhere must not point outside its folder.
+        if Path(name).name != name or type(count) is not int or type(size) is not int:
+            raise ValueError(f"shard {shard}")
+        if count < 0 or count * bytes_each > size or len(shard["sha256"]) != 64:
+            raise ValueError(f"shard {shard}")
+    if not isinstance(metadata["encoder"], str) or type(metadata["num_classes_seen"]) is not int:
+        raise ValueError("encoder or num_classes_seen")
+    if type(metadata["count"]) is not int or metadata["count"] < 1:
+        raise ValueError("count")
+
+
 def _check_shard(path: Path, shard: dict[str, Any]) -> None:
     try:
         size = path.stat().st_size
     except FileNotFoundError:
         raise UserError(f"{path}: missing shard; encode again") from None
+    except (OSError, ValueError) as error:  # a name that is none
+        raise UserError(f"{path}: not readable ({error}); encode again") from None
     if size != shard["bytes"]:
         raise UserError(f"{path}: {size} bytes; expected {shard['bytes']}: encode again")
 

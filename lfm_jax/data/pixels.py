@@ -83,6 +83,13 @@ class Preprocess:
             return image
         if self.fit == "pad":
             return _pad(image[None], self.image_size, where)[0]
+        # A line of pixels is small until its short side has been brought to size.
+        long, short = max(image.shape[:2]), min(image.shape[:2])
+        if not short or self.image_size * self.image_size * long > self.max_pixels * short:
+            raise UserError(
+                f"{where}: {image.shape[1]}x{image.shape[0]} pixels grow beyond "
+                f"{self.max_pixels} at image_size={self.image_size}; expected a less narrow image"
+            )
         return center_crop(image, self.image_size)
 
     def arrays(

@@ -40,6 +40,8 @@ from lfm_jax.features.inception import PIPELINES, inception_pipeline
 from lfm_jax.writers import write_bytes
 
 FORMATS = ("lfm_jax", "adm", "moments", "meanflow", "edm2", "features")
+_MAX_DIM = 1 << 14  # of features: their covariance has the square of it
+_MAX_BYTES = 1 << 33  # ADM's 10,000 images of 256 pixels are 2 GB
 ACCEPTED = (
     "accepted: npz of ADM, pytorch-fid, clean-fid, EDM, MeanFlow or lfm_jax, EDM2's .pkl, "
     "LFM's .npy"
@@ -170,10 +172,14 @@ def read_reference(path: str | os.PathLike, *, pipeline: str = "") -> Reference:
         raise UserError(f"evaluate.reference {path}: no such file; {ACCEPTED}")
     data = path.read_bytes()
     try:
-        arrays = _arrays(data)
-    except (ValueError, OSError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        raise UserError(f"evaluate.reference {path}: {error}; {ACCEPTED}") from error
-    reference = _recognise(arrays, str(path))
+        reference = _recognise(_arrays(data), str(path))
+        _check_arrays(reference)
+    except UserError:
+        raise
+    # numpy, zipfile and the unpickler raise nearly anything on damaged files.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"evaluate.reference {path}: {reason}; {ACCEPTED}") from error
     if pipeline and not reference.pipeline:
         reference = dataclasses.replace(reference, pipeline=inception_pipeline(pipeline))
     _check_shapes(reference, str(path))
@@ -186,6 +192,10 @@ def read_reference(path: str | os.PathLike, *, pipeline: str = "") -> Reference:
 
 def _arrays(data: bytes) -> dict[str, Any]:
     if zipfile.is_zipfile(io.BytesIO(data)):
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            claimed = sum(entry.file_size for entry in archive.infolist())
+        if claimed > _MAX_BYTES:
+            raise ValueError(f"unpacks to {claimed} bytes; at most {_MAX_BYTES} are read")
         with np.load(io.BytesIO(data), allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
     if data[:6] == b"\x93NUMPY":
@@ -205,11 +215,12 @@ class NumpyUnpickler(pickle.Unpickler):
     """Unpickles containers and numpy arrays; anything else that would be called is refused."""
 
     NAMES = ("_reconstruct", "scalar", "_frombuffer", "ndarray", "dtype")
+    MODULES = ("numpy", "numpy._core.multiarray", "numpy._core.numeric")
 
     def find_class(self, module: str, name: str) -> Any:
-        if module.split(".")[0] == "numpy" and name in self.NAMES:
-            module = module.replace("numpy.core", "numpy._core")
-            return super().find_class(module, name)
+        renamed = module.replace("numpy.core.", "numpy._core.")
+        if renamed in self.MODULES and name in self.NAMES:
+            return super().find_class(renamed, name)
         if (module, name) == ("_codecs", "encode"):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"asks for {module}.{name}, which a reference has no need of")
@@ -252,6 +263,8 @@ def _recognise(arrays: dict[str, Any], path: str) -> Reference:
         return Reference(mu=arrays["mu"], sigma=arrays["sigma"], format="moments")
     if "feats" in names:
         features = np.asarray(arrays["feats"], np.float32)
+        if features.ndim != 2 or features.shape[1] > _MAX_DIM:
+            raise ValueError(f"feats has shape {features.shape}, expected [n, d]")
         statistics = FeatureStatistics.of(features)
         return Reference(
             mu=statistics.mean,
@@ -261,6 +274,19 @@ def _recognise(arrays: dict[str, Any], path: str) -> Reference:
             format="features",
         )
     raise UserError(f"evaluate.reference {path}: holds {', '.join(sorted(names))}; {ACCEPTED}")
+
+
+def _check_arrays(reference: Reference) -> None:
+    """`ValueError` for what are no arrays of numbers."""
+    for name in ("mu", "sigma", "mu_s", "sigma_s", "features"):
+        value = getattr(reference, name)
+        if value is not None and not (isinstance(value, np.ndarray) and value.dtype.kind in "fiu"):
+            raise ValueError(f"{name} is {getattr(value, 'dtype', type(value).__name__)}")
+    images = reference.images
+    if images is not None and not isinstance(images, np.ndarray):
+        raise ValueError(f"arr_0 is {type(images).__name__}")
+    if not isinstance(reference.provenance, dict) or type(reference.count) is not int:
+        raise ValueError("its record lacks provenance and count")
 
 
 def _check_shapes(reference: Reference, path: str) -> None:

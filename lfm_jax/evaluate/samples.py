@@ -7,9 +7,9 @@ any other.
 
 import dataclasses
 import hashlib
+import math
 import os
 import zipfile
-import zlib
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -62,6 +62,7 @@ class SampleFile:
                     raise UserError(f"samples {path}: holds {', '.join(sorted(names))}; {ACCEPTED}")
                 with archive.open("arr_0.npy") as member:
                     self.shape, fortran, dtype = _read_header(member)
+                    _check_size(archive, member, self.shape, dtype)
                     hint = ""
                     if dtype.kind == "f" and self.shape and self.shape[0]:
                         first = np.frombuffer(member.read(dtype.itemsize * 1000), dtype)
@@ -69,8 +70,13 @@ class SampleFile:
                 self.labels = None
                 if "arr_1" in names:
                     with archive.open("arr_1.npy") as member:
+                        shape, _, kind = _read_header(member)
+                        _check_size(archive, member, shape, kind)
+                    with archive.open("arr_1.npy") as member:
                         self.labels = np.lib.format.read_array(member, allow_pickle=False)
-        except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        except UserError:
+            raise
+        except Exception as error:  # zipfile and numpy raise nearly anything on damaged files
             raise UserError(f"samples {path}: not readable ({error}); {ACCEPTED}") from error
         check_layout(self.shape, dtype, f"samples {path}: arr_0", hint=hint)
         if fortran:
@@ -126,8 +132,7 @@ class SampleFile:
             for start in range(0, count, at_once):
                 member.read(min(at_once, count - start))
             return b""
-        # zlib's own error is for compressed files with a damaged byte.
-        except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        except Exception as error:  # of zipfile, and of zlib for a damaged byte
             raise UserError(f"samples {self.path}: not readable ({error}); {ACCEPTED}") from error
 
     def _check_labels(self) -> None:
@@ -187,6 +192,14 @@ def write_samples(
     if count != shape[0]:
         raise ValueError(f"samples {path}: {count} images for {shape[0]}")
     temporary.replace(path)
+
+
+def _check_size(archive: zipfile.ZipFile, member, shape: tuple[int, ...], dtype: np.dtype) -> None:
+    """`ValueError` unless the header's claim is what follows it: memory is made by the claim."""
+    held = archive.getinfo(member.name).file_size - member.tell()
+    claimed = math.prod(shape) * dtype.itemsize
+    if dtype.hasobject or min(shape, default=0) < 0 or claimed != held:
+        raise ValueError(f"{member.name} claims {shape} {dtype}, {held} bytes follow")
 
 
 def check_images(images: np.ndarray, what: str) -> None:

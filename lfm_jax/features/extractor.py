@@ -141,10 +141,12 @@ def read_params(path: str | os.PathLike) -> tuple[dict, dict]:
         length = int.from_bytes(data[:8], "little")
         metadata = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["lfm_jax"])
         tensors = safetensors.flax.load(data)
-    except (ValueError, KeyError, safetensors.SafetensorError) as error:
+        params = traverse_util.unflatten_dict({tuple(k.split("/")): v for k, v in tensors.items()})
+    except Exception as error:  # of JSON, of the format, of jax for what it has no dtype for
         raise UserError(
             f"extractor {path}: not readable ({type(error).__name__}); "
             "accepted: a .safetensors of save_extractor"
         ) from error
-    params = traverse_util.unflatten_dict({tuple(k.split("/")): v for k, v in tensors.items()})
+    if not isinstance(metadata, dict):
+        raise UserError(f"extractor {path}: its metadata is no record; train it again")
     return params, metadata

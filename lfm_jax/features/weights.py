@@ -101,7 +101,7 @@ def read_tensors(file: str | os.PathLike) -> dict[str, np.ndarray]:
     if file.suffix == ".safetensors":
         try:
             return dict(safetensors.numpy.load_file(file))
-        except safetensors.SafetensorError as error:
+        except Exception as error:  # of the format, and of what numpy has no dtype for
             raise UserError(f"weights {file}: not a safetensors file ({error})") from error
     try:
         import torch
@@ -122,7 +122,12 @@ def read_tensors(file: str | os.PathLike) -> dict[str, np.ndarray]:
             state = state[key]
     if not isinstance(state, Mapping) or not any(torch.is_tensor(v) for v in state.values()):
         raise UserError(f"weights {file}: holds no tensors by name; accepted: a state dict")
-    return {k: v.float().numpy() for k, v in state.items() if torch.is_tensor(v)}
+    try:
+        return {k: v.float().numpy() for k, v in state.items() if torch.is_tensor(v)}
+    except Exception as error:
+        raise UserError(
+            f"weights {file}: tensors that are no plain numbers ({type(error).__name__})"
+        ) from error
 
 
 def require(

@@ -188,7 +188,7 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
 
     try:
         records = deserialize(path.read_bytes())
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: not a whole safetensors file ({error})") from None
     tensors = {}
     for name, record in records:
@@ -235,17 +235,19 @@ def _read_pickle(path: Path) -> dict[str, np.ndarray]:
             f"{path}: holds more than tensors{what}, and code from a file is not run; "
             "save its state_dict alone, or as safetensors"
         ) from None
-    except (RuntimeError, EOFError, OSError) as error:
-        raise UserError(
-            f"{path}: not a whole PyTorch file ({str(error).splitlines()[0]})"
-        ) from None
+    except Exception as error:  # PyTorch raises nearly anything on damaged files
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: not a whole PyTorch file ({reason})") from None
     for container in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(container), Mapping):
             content = content[container]
     if not isinstance(content, Mapping):
         raise UserError(f"{path}: expected a dict of tensors, found {type(content).__name__}")
-    return {
-        name: value.detach().to(torch.float32).numpy()
-        for name, value in content.items()
-        if isinstance(value, torch.Tensor)
-    }
+    try:
+        return {
+            name: value.detach().to(torch.float32).numpy()
+            for name, value in content.items()
+            if isinstance(value, torch.Tensor)
+        }
+    except Exception as error:  # sparse, quantized, complex, without storage
+        raise UserError(f"{path}: tensors that are no plain numbers ({error})") from None

@@ -79,7 +79,10 @@ def read_tensors(file: str | os.PathLike, *, weights: str = "auto", sha256: str 
     for prefix in ("module.", "_orig_mod.", "module."):
         if all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): value for name, value in state.items()}
-    tensors = {name: _array(value) for name, value in state.items()}
+    try:
+        tensors = {name: _array(value) for name, value in state.items()}
+    except Exception as error:  # sparse, quantized, complex, without storage
+        raise UserError(f"{file}: tensors that are no plain numbers ({error})") from error
     return TensorFile(path=str(file), tensors=tensors, sha256=found, weights=taken)
 
 
