@@ -6,6 +6,7 @@ that did best on validation features, which are neither trained on nor what figu
 """
 
 import functools
+import time
 from typing import Any
 
 import jax
@@ -27,13 +28,13 @@ from lfm_jax.jobs import build, mmd_features, origin
 from lfm_jax.jobs.fit import fit
 from lfm_jax.models import forward_macs
 from lfm_jax.state import TrainState, create_state, make_step
-from lfm_jax.workdir import Workdir
+from lfm_jax.workdir import Workdir, on_main_process
 
 
 def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     section, options = config.train, config.mmd
     base = base_workdir(config)
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    mesh = build.mesh(config)
     sharding.check_batch(mesh, "train.batch_size", section.batch_size // section.accumulate)
     params = base_params(config)
     model = build.network(config)
@@ -104,7 +105,15 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
         names = jax.tree.map(lambda moves: "trained" if moves else "frozen", mask)
         tx = optax.partition({"trained": tx, "frozen": optax.set_to_zero()}, names)
     state = _initial(tuned, tx, mesh, ema=section.ema_decay > 0)
-    step = make_step(loss, tx, key, ema_decay=section.ema_decay, accumulate=section.accumulate)
+    step = make_step(
+        loss,
+        tx,
+        key,
+        ema_decay=section.ema_decay,
+        accumulate=section.accumulate,
+        skip_nonfinite=section.nonfinite == "skip",
+        like=state,
+    )
     record = {
         "base": checkpoints.fingerprint(params),
         "cache": cache.fingerprint,
@@ -118,6 +127,7 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
         judge=judge,
         record=record,
     )
+    begin = time.perf_counter()
     if options.validate_every:
         monitor(state, 0)
     state, figures = fit(
@@ -143,14 +153,16 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
         log_every=section.log_every,
         save_every=section.save_every,
         keep=section.keep,
-        preview=monitor,
-        preview_every=options.validate_every,
+        skip_nonfinite=section.nonfinite == "skip",
+        watch=monitor if options.validate_every else None,
+        watch_every=options.validate_every,
     )
-    if not options.validate_every or section.steps % options.validate_every:
-        monitor(state, section.steps, keep=not options.validate_every)
+    if not options.validate_every:
+        monitor(state, section.steps, keep=True)
     chosen = checkpoints.load_params(workdir.checkpoints)
     return {
         **figures,
+        "seconds_of_updates": time.perf_counter() - begin,  # compilation and validation included
         "num_steps": options.num_steps,
         "more_steps": list(options.more_steps),
         "solver": options.solver,
@@ -224,12 +236,14 @@ def take_along(base: Workdir, workdir: Workdir) -> None:
 
     A copy, so that the finetuned workdir stands alone; the latent cache is only read.
     """
-    if not sharding.is_main_process() or base.root == workdir.root:
-        return
-    for name in ("autoencoder", "extractors", "results/autoencode.json"):
-        source, target = base.root / name, workdir.root / name
-        if source.exists() and not target.exists():
-            _copy(source, target)
+
+    def copy() -> None:
+        for name in ("autoencoder", "extractors", "results/autoencode.json"):
+            source, target = base.root / name, workdir.root / name
+            if source.exists() and not target.exists():
+                _copy(source, target)
+
+    on_main_process(copy)
 
 
 def _copy(source: epath.Path, target: epath.Path) -> None:
@@ -369,9 +383,9 @@ def _final(params: Any) -> Any:
 def update_macs(config: ConfigDict, model: Any, maps: list, latent_shape: tuple) -> int:
     """Multiply-adds of one update by the closed form.
 
-    A differentiated step costs four forward passes (forward, again, and twice backward), a step
-    before a truncation one, gradcache one more; a feature network two (forward, and backward to
-    its input).
+    A differentiated step costs four forward passes (forward, again, and twice backward; the last
+    Euler step three), a step before a truncation one, gradcache one more; a feature network two
+    (forward, and backward to its input). Validation: one of all of them a sample.
     """
     options = config.mmd
     solver = "euler" if options.solver == "ddim" else options.solver
@@ -380,7 +394,9 @@ def update_macs(config: ConfigDict, model: Any, maps: list, latent_shape: tuple)
     passes = []
     for count in steps:
         through = min(options.backprop_steps or count, count)
-        passes.append(evaluations * (count - through + 4 * through + (options.chunks > 1) * count))
+        kept = options.solver == "euler"  # the last step is not run again
+        again = (options.chunks > 1) * count
+        passes.append(evaluations * (count - through + 4 * through + again) - kept)
     guided = 2 if options.guidance != 1 else 1
     network = guided * float(np.mean(passes)) * forward_macs(model, latent_shape)
     if options.anchor:
@@ -390,13 +406,19 @@ def update_macs(config: ConfigDict, model: Any, maps: list, latent_shape: tuple)
 
 
 def _share(config, base, model, maps, latent_shape) -> float | None:
-    """All updates' multiply-adds over the base training's, where that is known."""
+    """Multiply-adds of updates and validation over the base training's, where that is known."""
     trained = base.result("train")
     if trained is None or "examples_drawn" not in trained:
         return None
     whole = 3 * forward_macs(model, latent_shape) * trained["examples_drawn"]
     updates = config.train.steps * update_macs(config, model, maps, latent_shape)
-    return updates / whole
+    options, validation = config.mmd, 0
+    if options.validate_every:
+        network = sum((options.num_steps, *options.more_steps)) * forward_macs(model, latent_shape)
+        features = mmd_features.feature_macs(maps[:1], latent_shape, config.data.num_classes)
+        rounds = config.train.steps // options.validate_every + 1
+        validation = rounds * options.validate_samples * (network + features)
+    return (updates + validation) / whole
 
 
 def inputs(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from lfm_jax.models.conditioning import Cond
 from lfm_jax.vae import Codec
 
 FeatureMap = Any
-Rows = dict[str, Float[Array, "b _"]]
+Rows = dict[str, Float[Array, "_ _"]]
 LEAK = 0.1
 
 

@@ -3,7 +3,8 @@
     G(z, c) = x_N,    x_{i+1} = one solver step of dx/dt = v(x, t, c) from tau_i to tau_{i+1}
 
 on a grid ``1 = tau_0 > ... > tau_N = 0``. diffrax keeps the N latents of the solve and recomputes a
-step on the way back, so the activations in memory are those of one step whatever N is.
+step on the way back, so the activations in memory are those of one step whatever N is: four
+forward passes' worth of work a step, three for the last one of Euler's.
 
 Beside the network's parameters a tree may hold an entry ``few_step`` of three optional parts:
 
@@ -26,7 +27,7 @@ from jaxtyping import Array, Float, Key
 
 from lfm_jax.errors import UserError
 from lfm_jax.flow import make_grid, sample, sample_sde
-from lfm_jax.flow.ode import solve_fixed
+from lfm_jax.flow.ode import Stats, solve_fixed
 from lfm_jax.flow.sampler import counts
 from lfm_jax.flow.solvers import get_solver
 
@@ -110,28 +111,35 @@ def generate(
             grid=grid,
             differentiable=differentiable,
         )
-    if trained_solver is None and not 0 < backprop < num_steps:
-        return sample(
-            velocity,
-            noise,
-            solver=solver,
-            num_steps=num_steps,
-            grid=grid,
-            differentiable=differentiable,
-        )
+    if trained_solver is None and not differentiable:
+        return sample(velocity, noise, solver=solver, num_steps=num_steps, grid=grid)
     chosen = get_solver(solver)
     if trained_solver is None:
         times = make_grid(grid, num_steps, t_max=velocity.t_max)
     else:
         times = solver_times(trained_solver, num_steps, t_max=velocity.t_max)
         velocity = Scaled(inner=velocity, times=times, scales=trained_solver["scales"])
-    x, cut = noise, num_steps - backprop if 0 < backprop < num_steps else 0
-    if cut:
-        x, _ = solve_fixed(velocity, noise, times[: cut + 1], chosen)
+    steps = len(times) - 1
+    x, first = noise, steps - backprop if 0 < backprop < steps else 0
+    if first:
+        x, _ = solve_fixed(velocity, x, times[: first + 1], chosen)
         x = jax.lax.stop_gradient(x)
-    x, stats = solve_fixed(velocity, x, times[cut:], chosen, differentiable=differentiable)
-    stats = stats.replace(steps=stats.steps + cut)
-    return x, counts(stats, chosen, velocity)
+    # The last Euler step's activations are wanted at once on the way back: kept, not recomputed.
+    last = steps - 1 if differentiable and solver == "euler" else steps
+    if first < last:
+        x, _ = solve_fixed(
+            velocity, x, times[first : last + 1], chosen, differentiable=differentiable
+        )
+    if last < steps:
+        t = jnp.broadcast_to(jnp.asarray(times[-2], x.dtype), x.shape[:1])
+        x = x + (times[-1] - times[-2]) * velocity(x, t)
+    finite = jnp.isfinite(x).all(tuple(range(1, x.ndim)))
+    stats = Stats(
+        steps=jnp.full(finite.shape, steps, jnp.int32),
+        finite=finite,
+        failed_t=jnp.where(finite, jnp.nan, 0.0),
+    )
+    return x, counts(stats, chosen, velocity, adaptive=False)
 
 
 def new_solver(times: np.ndarray) -> dict[str, Array]:

@@ -1,0 +1,133 @@
+"""Feature maps: differentiable, the same for images and decoded latents, and what they see."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lfm_jax import mmd
+from lfm_jax.data import open_images
+from lfm_jax.errors import UserError
+from lfm_jax.features import Classifier, Extractor
+from lfm_jax.models import create_model, init_params
+from lfm_jax.vae import AutoencoderKL, identity_codec, init_vae, make_codec, to_uint8
+
+
+def extractor(size=16, channels=3, rule="none"):
+    model = Classifier(3, width=4)
+    params = model.init(jax.random.key(0), jnp.zeros((1, 16, 16, channels)))["params"]
+    return Extractor(params=params, model=model, name="random", dim=128, input_size=16,
+                     channels=channels, resize=rule)  # fmt: skip
+
+
+def keys(count):
+    return jax.vmap(jax.random.key)(jnp.arange(count, dtype=jnp.uint32))
+
+
+def test_images_and_latents_that_decode_to_them_have_the_same_features():
+    images = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
+    feature_map = mmd.Decoded(codec=identity_codec(3), extractor=extractor())
+    latents = jnp.asarray(images, jnp.float32) / 127.5 - 1
+    np.testing.assert_allclose(
+        feature_map(latents, None, None)["decoded/features"],
+        feature_map.of_images(jnp.asarray(images))["decoded/features"],
+        atol=1e-4,
+    )
+    np.testing.assert_array_equal(to_uint8(latents), images)
+
+
+def test_gradients_reach_the_latents_through_decoder_resize_and_network():
+    vae = AutoencoderKL(in_channels=3, out_channels=3, block_out_channels=(8, 8), norm_groups=4,
+                        layers_per_block=1, latent_channels=4)  # fmt: skip
+    codec = make_codec(vae, init_vae(vae, jax.random.key(0), 32), scale=0.5, shift=0.1)
+    feature_map = mmd.Decoded(codec=codec, extractor=extractor(rule="bilinear"))
+    latents = jax.random.normal(jax.random.key(1), (2, 16, 16, 4))
+
+    def value(z):
+        return feature_map(z, None, None)["decoded/features"].sum()
+
+    slope = jax.jit(jax.grad(value))(latents)
+    assert np.isfinite(slope).all() and (np.abs(slope).max((1, 2, 3)) > 0).all()
+    direction = jax.random.normal(jax.random.key(2), latents.shape)
+    step = 1e-3
+    difference = (value(latents + step * direction) - value(latents - step * direction)) / (
+        2 * step
+    )
+    np.testing.assert_allclose((slope * direction).sum(), difference, rtol=0.05)
+
+
+def test_tokens_are_means_of_the_backbones_states_at_noised_times():
+    model = create_model("DiT", hidden=32, depth=3, heads=2, patch=2, num_classes=3)
+    params = init_params(model, jax.random.key(0), (4, 4, 2))
+    feature_map = mmd.BackboneTokens(
+        params=params, model=model, times=(0.1, 0.4), taps=(mmd.middle_tap(model),)
+    )
+    latents = jax.random.normal(jax.random.key(1), (5, 4, 4, 2))
+    rows = feature_map(latents, jnp.zeros(5, int), keys(5))
+    assert set(rows) == {"tokens/block_01@0.1", "tokens/block_01@0.4"}
+    assert all(r.shape == (5, 32) for r in rows.values())
+    # Row by row, by its own key: another batch does not change it.
+    part = feature_map(latents[2:4], jnp.zeros(2, int), keys(5)[2:4])
+    for name, value in part.items():
+        np.testing.assert_allclose(value, rows[name][2:4], atol=1e-5)
+
+
+def test_maps_share_one_decoding_and_no_name():
+    codec = identity_codec(3)
+    calls = []
+
+    class Counted(type(codec)):
+        def decode(self, z):
+            calls.append(1)
+            return super().decode(z)
+
+    counted = Counted(params={"p": jnp.ones(1)}, model=None, scale=1.0, shift=0.0, channels=3)
+    maps = [mmd.Decoded(codec=counted, extractor=extractor(), name=n) for n in ("a", "b")]
+    latents = jnp.zeros((2, 16, 16, 3))
+    rows = mmd.all_features([*maps, mmd.RawLatents()], latents, None, keys(2))
+    assert len(calls) == 1 and set(rows) == {"a/features", "b/features", "raw"}
+    with pytest.raises(UserError, match="two maps"):
+        mmd.all_features([mmd.RawLatents(), mmd.RawLatents()], latents, None, keys(2))
+
+
+def test_a_latent_encoder_learns_classes_and_to_fill_in():
+    """On the digits themselves: better than chance in seconds, and masked cells below variance."""
+    source = open_images("digits", split="train", image_size=8, channels=1)
+
+    def read(indices):
+        batch = source.batch(indices)
+        return {"x": batch["image"].astype(np.float32) / 127.5 - 1,
+                "label": batch["label"].astype(np.int32)}  # fmt: skip
+
+    model, params, _ = mmd.train_encoder(
+        read, len(source), num_classes=10, steps=60, width=16, levels=2, progress=False
+    )
+    batch = read(np.arange(400))
+    logits = model.apply({"params": params}, jnp.asarray(batch["x"]))["logits"]
+    assert (np.asarray(logits).argmax(-1) == batch["label"]).mean() > 0.8
+    _, _, filled = mmd.train_encoder(
+        read, len(source), objective="mask", steps=60, width=16, levels=2, progress=False
+    )
+    assert filled < 0.8 * batch["x"].var()
+    for objective, words in (("classify", "needs classes"), ("best", "none of classify")):
+        with pytest.raises(UserError, match=words):
+            mmd.train_encoder(read, len(source), objective=objective)
+
+
+def test_an_encoder_survives_its_file(tmp_path):
+    model = mmd.MapEncoder(num_classes=3, width=8, levels=2)
+    x = jax.random.normal(jax.random.key(0), (2, 8, 8, 4))
+    params = model.init(jax.random.key(1), x)["params"]
+    mmd.save_encoder(tmp_path / "e.safetensors", model, params, seed=4)
+    found, loaded, made_of = mmd.load_encoder(tmp_path / "e.safetensors")
+    assert found == model and made_of == {"seed": 4}
+    for entry, value in model.apply({"params": params}, x).items():
+        np.testing.assert_array_equal(found.apply({"params": loaded}, x)[entry], value)
+
+
+def test_deviations_over_space_see_grain_that_the_mean_does_not():
+    maps = mmd.random_maps(jax.random.key(0), 4)
+    smooth = jnp.ones((6, 8, 8, 4)) * jax.random.normal(jax.random.key(1), (6, 1, 1, 4))
+    grainy = smooth + 0.5 * jax.random.normal(jax.random.key(2), smooth.shape)
+    a, b = (maps(z, None, None)["random"] for z in (smooth, grainy))
+    assert (b - a)[:, 64:128].mean() > 0.1
