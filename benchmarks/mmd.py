@@ -26,8 +26,8 @@ from lfm_jax.config import neighbour
 from lfm_jax.evaluate import FeatureStatistics, collect_features, frechet_of
 from lfm_jax.features import load_extractor, open_extractor
 from lfm_jax.jobs import build, origin, run_job
-from lfm_jax.jobs.judge import of_source, reconstructed, spread
 from lfm_jax.jobs.generate import Generator
+from lfm_jax.jobs.judge import of_source, reconstructed, spread
 from lfm_jax.workdir import Workdir
 from lfm_jax.writers import image_grid, save_image, write_json
 
