@@ -164,6 +164,7 @@ def default_config() -> ConfigDict:
     config.train.nonfinite = "stop"  # a NaN or infinite step: stop | skip (left out and counted)
     config.train.evaluate_every = 0  # steps between measurements, best step kept; 0: off
     config.train.evaluate_samples = 1000  # samples of each, from the same noises every time
+    config.train.profile_steps = ()  # first and last step of a profile in logs/profile; empty: none
     config.train.preview_every = 0  # steps between picture grids of a fixed noise set; 0: off
 
     # ---- MMD finetuning: config.loss = "mmd" (jobs/mmd.py); config.init names the base

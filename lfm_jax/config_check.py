@@ -97,6 +97,10 @@ _RULES: dict[str, Rule] = {
     "train.keep_best": _at_least(0),
     "train.nonfinite": _one_of("stop", "skip"),
     "train.preview_every": _at_least(0),
+    "train.profile_steps": (
+        lambda v: not v or (len(v) == 2 and 1 <= v[0] <= v[1]),
+        "nothing, or a first and a last step such as (10,15)",
+    ),
     "train.evaluate_every": _at_least(0),
     "train.evaluate_samples": _at_least(2),
     "mmd.num_steps": _at_least(1),

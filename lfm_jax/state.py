@@ -126,6 +126,8 @@ def make_step(
     grad = jax.value_and_grad(loss, has_aux=True)
 
     def gradients(params: Params, batch: Batch):
+        if like is not None:
+            params = sharding.gathered(params, jax.tree.map(lambda x: x.sharding, like.params))
         if accumulate == 1:
             return grad(params, batch, key)
 

@@ -31,7 +31,7 @@ from lfm_jax.writers import write_json
 # between two runs in one workdir (how long, how often, how to sample, how to measure).
 FREE_TRAIN = (
     *("log_every", "save_every", "keep", "keep_every", "keep_best", "nonfinite"),
-    *("in_memory", "preview_every", "evaluate_every", "evaluate_samples"),
+    *("in_memory", "preview_every", "evaluate_every", "evaluate_samples", "profile_steps"),
 )
 _FREE_AUTOENCODER = ("steps", "decode_dtype", "decode_slice", "preview")
 _FREE_ENCODE = ("batch_size", "workers")

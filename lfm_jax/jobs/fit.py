@@ -9,7 +9,7 @@ import os
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from tqdm import tqdm
 from lfm_jax import checkpoints, preemption, sharding
 from lfm_jax.data import prefetch
 from lfm_jax.errors import Failed, Preempted, UserError
-from lfm_jax.profiling import peak_flops
+from lfm_jax.profiling import StepTimes, Trace, peak_flops
 from lfm_jax.state import Batch, Metrics, TrainState
 from lfm_jax.writers import ScalarWriter, write_json
 
@@ -57,6 +57,7 @@ def fit(
     preview_every: int = 0,
     watch: Callable[[TrainState, int], None] | None = None,
     watch_every: int = 0,
+    profile_steps: Sequence[int] = (),
 ) -> tuple[TrainState, dict[str, Any]]:
     """Train to `steps`, going on from the newest checkpoint under `folder`.
 
@@ -79,11 +80,13 @@ def fit(
         train_flops: FLOPs of one example's forward and backward pass, for MFU; 0: unknown.
         preview: called with the state every `preview_every` steps.
         watch: the same every `watch_every` steps and at the last one.
+        profile_steps: first and last step of a profile, written to ``<logs>/profile``; empty: none.
 
     Returns:
         The final state and its figures: "loss" (mean of the last log window), "steps",
         "images_per_second" (median over windows, the first, which compiles, left out), "mfu",
-        "data_wait" (share of the time spent waiting for batches), "skipped" (updates left out),
+        "data_wait" (share of the time spent waiting for batches), "step_ms_p50" and "step_ms_p95"
+        (time between the ends of two steps on the device), "skipped" (updates left out),
         "checkpoint_bytes" and "checkpoints_bytes_at_most" (all that are kept, and one being
         written).
 
@@ -125,17 +128,23 @@ def fit(
         device_batches = prefetch(host_batches, sharding.batch_sharding(mesh))
         history: list[dict[str, float]] = []
         timed, waited, since = 0, 0.0, time.perf_counter()
+        trace, times = Trace(logs / "profile", profile_steps), StepTimes()
 
         with (
             closing(device_batches),
+            closing(trace),
+            closing(times),
             tqdm(total=steps, initial=start, desc=name, unit="step", disable=not main) as bar,
         ):
             for step in range(start + 1, steps + 1):
+                trace.before(step)
                 before = time.perf_counter()
                 batch = next(device_batches)
                 waited += time.perf_counter() - before
                 state, metrics = step_fn(state, batch)
                 curve.add(step, metrics, batch)
+                times.add(metrics["loss"])
+                trace.after(step, metrics)
                 timed += 1
 
                 checkpoints.check(manager)
@@ -152,6 +161,7 @@ def fit(
                         "images_per_second": rate,
                         "steps_per_second": timed / elapsed,
                         "data_wait": waited / elapsed,
+                        **times.window(),
                     }
                     if train_flops:
                         values["mfu"] = rate * train_flops / peak_flops()
@@ -172,6 +182,7 @@ def fit(
                     watch(state, step)
                 if logs_now:
                     timed, waited, since = 0, 0.0, time.perf_counter()
+                    times.pause()
         if writer:
             writer.close()
     return state, {"steps": steps, "loss": curve.loss, **_speed(history), **curve.counts(), **disk}
@@ -293,6 +304,9 @@ def _speed(history: list[dict[str, float]]) -> dict[str, float]:
     """Medians over the windows; the first one compiles and is left out where there are more."""
     timed = history[1:] or history
     keys = ("images_per_second", "steps_per_second", "mfu", "data_wait")
+    keys = (*keys, "step_ms_p50", "step_ms_p95")
     return {
-        key: float(np.median([h[key] for h in timed])) for key in keys if timed and key in timed[-1]
+        key: float(np.median([h[key] for h in timed if key in h]))
+        for key in keys
+        if any(key in h for h in timed)
     }

@@ -106,6 +106,7 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
         keep_best=section.keep_best,
         skip_nonfinite=section.nonfinite == "skip",
         train_flops=flops,
+        profile_steps=tuple(section.profile_steps),
         preview=_previews(config, workdir) if section.preview_every else None,
         preview_every=section.preview_every,
         watch=watch.watcher(config, workdir) if section.evaluate_every else None,
