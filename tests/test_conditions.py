@@ -206,8 +206,8 @@ def test_conditions_and_labels_are_dropped_in_all_combinations():
     model = create_model("DiT", num_classes=3, **DIT)
     params = init_conditioned(condition, model, KEY, (4, 4, 2))
     maps = np.ones((4000, 16, 16), np.uint8)
-    cond = training_condition(condition, num_classes=3, label_drop=0.2)
-    result = jax.jit(cond)(params, _batch(4000, map=maps), KEY)
+    cond = jax.jit(training_condition(condition, num_classes=3, label_drop=0.2))
+    result = cond(params, _batch(4000, map=maps), KEY)
     null = condition.apply(params[ENCODER], {"map": maps[:1]}, jnp.zeros(1, bool)).spatial
     kept = np.abs(np.asarray(result.spatial - null)).max((1, 2, 3)) > 1e-6
     without = np.asarray(result.label) == 3

@@ -43,7 +43,7 @@ def test_the_rule_for_garments_is_scipys_sobel(fashion_mnist):
         wanted = np.where(smooth < BACKGROUND_BELOW, 0, 1 + (gradient > EDGE_ABOVE))
         # The border row differs: there SciPy repeats the smoothed image and not the image.
         np.testing.assert_array_equal(ids[1:-1, 1:-1], wanted[1:-1, 1:-1])
-    assert [round(float((found == k).mean()), 2) for k in range(3)] == [0.59, 0.23, 0.18]
+    assert [round(float((found == k).mean()), 2) for k in range(3)] == [0.62, 0.21, 0.18]
     maps = open_maps("garment_parts", source, image_size=32)
     np.testing.assert_array_equal(maps.batch([3, 5]), found[[3, 5]])
     assert maps.num_classes == 3 and len(maps) == len(source)

@@ -76,7 +76,7 @@ class LayoutEncoder(nn.Module):
     @nn.compact
     def __call__(self, picked: dict[str, Any], keep: Bool[Array, " b"]) -> Float[Array, "b n d"]:
         """``boxes`` ``[b, m, 4]`` in [0, 1], ``classes`` ``[b, m]``, -1 for no object."""
-        boxes, classes = picked["boxes"].astype(jnp.float32), picked["classes"]
+        boxes, classes = jnp.asarray(picked["boxes"], jnp.float32), picked["classes"]
         classes = jnp.where(keep[:, None], classes, -1)
         embed = self._corners if self.scheme == "corners" else self._boxes
         x = embed(boxes, classes)

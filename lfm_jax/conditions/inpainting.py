@@ -26,6 +26,7 @@ from lfm_jax.conditions.condition import Arrays
 from lfm_jax.models.conditioning import Cond
 from lfm_jax.models.layers import patchify
 from lfm_jax.vae import Codec
+from lfm_jax.vae.autoencoder import AnyArray
 
 MASK_CHANNELS = ("nearest", "pixels")
 
@@ -115,7 +116,7 @@ class Inpainting:
         channels = [jnp.where(kept, latents, 0.0), jnp.where(kept, signs, 1.0)]
         return Cond(spatial=jnp.concatenate(channels, axis=-1))
 
-    def unpacked(self, packed: UInt8[Array, "*n bytes"]) -> Bool[Array, "*n h w"]:
+    def unpacked(self, packed: UInt8[AnyArray, "*n bytes"]) -> Bool[Array, "*n h w"]:
         """The masks again, on the device."""
         bits = (jnp.asarray(packed)[..., None] >> jnp.arange(7, -1, -1, dtype=jnp.uint8)) & 1
         side = self.image_size
@@ -132,5 +133,5 @@ def composite(
     return np.where(hole[..., None], generated, truth)
 
 
-def _rows(array: Array, which: Array) -> Array:
+def _rows(array: AnyArray, which: Array) -> Array:
     return jax.vmap(lambda row, k: row[k])(array, which)

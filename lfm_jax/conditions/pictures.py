@@ -1,7 +1,7 @@
 """A condition as a picture: what stands beside its samples in a grid."""
 
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Integer, UInt8
 
 _HOLE = 128  # gray, which is neither the fill nor likely the picture
 
@@ -27,7 +27,7 @@ def picture(
     return _coloured(drawn, num_classes + 1, channels)
 
 
-def _coloured(ids: Int[np.ndarray, "n h w"], num_classes: int, channels: int) -> np.ndarray:
+def _coloured(ids: Integer[np.ndarray, "n h w"], num_classes: int, channels: int) -> np.ndarray:
     """Levels of gray, or hues around the circle; the first class is black."""
     levels = np.linspace(0, 255, max(num_classes, 2)).round().astype(np.uint8)
     if channels == 1:

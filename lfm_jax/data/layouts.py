@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int, Integer, UInt8
+from jaxtyping import Float, Int, Integer, Num, UInt8
 
 from lfm_jax.data.coco import open_coco_layouts
 from lfm_jax.data.source import ImageSource, hashed
@@ -180,7 +180,7 @@ def check_layout(
         raise UserError(f"{where}: {'; '.join(wrong)}")
 
 
-def intersection(a: Float[np.ndarray, "4"], b: Float[np.ndarray, "4"]) -> float:
+def intersection(a: Num[np.ndarray, "4"], b: Num[np.ndarray, "4"]) -> float:
     """Common area of two boxes."""
     sides = np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2])
     return float(np.prod(np.maximum(sides, 0)))
@@ -225,7 +225,7 @@ def open_digit_canvases(*, split: str, image_size: int, channels: int, limit: in
 
 
 @functools.cache
-def _digits(split: str) -> tuple[UInt8[np.ndarray, "n 8 8"], ...]:
+def _digits(split: str) -> tuple[UInt8[np.ndarray, "_ 8 8"], ...]:
     """The digits of a split by class, every fifth of a class held out."""
     from sklearn.datasets import load_digits
 

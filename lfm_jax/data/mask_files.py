@@ -42,7 +42,7 @@ def open_masked(
         elif not values.any():
             wrong.append(f"{file.name} has no hole")
         else:
-            masks.append(fit_map(values > 0, preprocess).astype(bool))
+            masks.append(fit_map((values > 0).astype(np.uint8), preprocess) > 0)
     if wrong:
         raise UserError(
             f"{folder / 'masks'}: {'; '.join(wrong[:8])} ({len(wrong)} in all); expected masks of "

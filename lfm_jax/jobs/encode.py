@@ -21,12 +21,14 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from lfm_jax import sharding
+from lfm_jax.conditions import Condition
 from lfm_jax.data import CacheWriter, LatentCache
 from lfm_jax.data.cache_writer import begun_with, remove_cache
 from lfm_jax.data.importers import open_store
 from lfm_jax.data.workers import batches_ahead, choose_workers
 from lfm_jax.errors import UserError
 from lfm_jax.jobs import build
+from lfm_jax.jobs import condition as conditions
 from lfm_jax.vae import Codec, from_uint8
 from lfm_jax.workdir import Workdir
 
@@ -44,6 +46,7 @@ def inputs(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
         "codec": build.codec(config, workdir).fingerprint,
         "mirror": section.mirror,
         "splits": list(section.splits),
+        **conditions.cached_inputs(config),
     }
 
 
@@ -54,18 +57,27 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
             f"--config.encode.splits={tuple(config.encode.splits)}: a store of latents is one "
             "split; expected ('train',)"
         )
+    if config.encode.import_kind is not None and config.condition.kind != "none":
+        raise UserError(
+            f"--config.encode.import_kind={config.encode.import_kind}: a store of latents holds no "
+            f"conditions; expected images with condition.kind={config.condition.kind}"
+        )
     return {split: _encode_split(config, workdir, split, codec) for split in config.encode.splits}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Work:
-    """Where a split's latents come from: `examples` of ranges of them, one range a shard."""
+    """Where a split's latents come from: `examples` of ranges of them, one range a shard.
+
+    What a condition stores beside the moments is `extra`.
+    """
 
     count: int
     latent_shape: tuple[int, int, int]
     mirror: bool
     metadata: dict[str, Any]
     examples: Callable[[list[range]], Iterator[Examples]]
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def _encode_split(config: ConfigDict, workdir: Workdir, split: str, codec: Codec) -> dict[str, Any]:
@@ -78,6 +90,7 @@ def _encode_split(config: ConfigDict, workdir: Workdir, split: str, codec: Codec
         shard_size=config.encode.shard_size,
         latent_shape=work.latent_shape,
         mirror=work.mirror,
+        extra=work.extra,
         metadata={
             "encoder": codec.fingerprint,
             "scale": codec.scale,
@@ -85,6 +98,7 @@ def _encode_split(config: ConfigDict, workdir: Workdir, split: str, codec: Codec
             "image_size": config.data.image_size,
             "num_classes": config.data.num_classes,
             **work.metadata,
+            **conditions.cached_inputs(config),
         },
     )
     missing = _agreed(writer.missing_shards(), writer.num_shards)
@@ -177,7 +191,8 @@ def _images(config: ConfigDict, split: str, codec: Codec) -> _Work:
     source = build.images(config, split)
     options = build.image_options(config, split)
     size = min(section.batch_size, section.shard_size, len(source))
-    encode = _encoder(codec, mirror=section.mirror, batch_size=size)
+    condition = conditions.make(config, codec, split)
+    encode = _encoder(codec, condition, mirror=section.mirror, batch_size=size)
 
     def examples(ranges: list[range]) -> Iterator[Examples]:
         batches = [_cut(indices, size) for indices in ranges]
@@ -185,7 +200,7 @@ def _images(config: ConfigDict, split: str, codec: Codec) -> _Work:
         kind = data.source.partition(":")[0]
         workers = choose_workers(section.workers, kind, sum(map(len, flat)))
         images = batches_ahead(source, flat, workers=workers, options=options)
-        encoded = _ahead(encode(batch) for batch in images)
+        encoded = _ahead(itertools.starmap(encode, zip(images, flat, strict=True)))
         for of_shard in batches:
             yield _examples(of_shard, itertools.islice(encoded, len(of_shard)))
 
@@ -199,6 +214,7 @@ def _images(config: ConfigDict, split: str, codec: Codec) -> _Work:
             "crop": build.crop(config),
         },
         examples=examples,
+        extra=condition.stored() if condition else {},
     )
 
 
@@ -216,28 +232,34 @@ def _ahead(results: Iterator[Any], depth: int = 2) -> Iterator[Any]:
     yield from waiting
 
 
-def _encoder(codec: Codec, *, mirror: bool, batch_size: int):
+def _encoder(codec: Codec, condition: Condition | None, *, mirror: bool, batch_size: int):
     """Batches of uint8 images -> their moments (and those of the mirror images), on devices.
 
-    One program over all devices of this process serves all batches: smaller ones are filled up.
+    With them goes what the condition stores. One program over all devices of this process serves
+    all batches: smaller ones are filled up.
     """
     devices = jax.local_devices()
     mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
     size = -(-batch_size // len(devices)) * len(devices)
 
     @jax.jit
-    def encode(codec: Codec, images):
+    def encode(codec: Codec, images, arrays):
         x = from_uint8(images)
         moments = {"moments": codec.encode_moments(x)}
         if mirror:
             moments["moments_flip"] = codec.encode_moments(x[:, :, ::-1])
-        return moments
+        return moments | (condition.encode(codec, x, arrays) if condition else {})
 
-    def run(batch: dict[str, np.ndarray]) -> dict[str, Any]:
+    def run(batch: dict[str, np.ndarray], indices: np.ndarray) -> dict[str, Any]:
         images = batch["image"]
-        padded = np.concatenate([images, np.repeat(images[-1:], size - len(images), axis=0)])
-        placed = jax.device_put(padded, NamedSharding(mesh, P("data")))
-        return {**encode(codec, placed), "label": batch["label"]}
+        arrays = condition.prepare(images, indices) if condition else {}
+
+        def place(rows: np.ndarray) -> jax.Array:
+            rows = np.concatenate([rows, np.repeat(rows[-1:], size - len(rows), axis=0)])
+            return jax.device_put(rows, NamedSharding(mesh, P("data")))
+
+        made = encode(codec, *jax.tree.map(place, (images, arrays)))
+        return {**arrays, **made, "label": batch["label"]}
 
     return run
 
