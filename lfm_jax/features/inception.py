@@ -12,10 +12,12 @@ Outputs: ``features [b, 2048]`` (mean over the last 8x8 map, the graph's ``pool_
 ``mixed_6/conv/Conv2D``.
 """
 
+import functools
 import os
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float
 
@@ -39,34 +41,60 @@ PIPELINES = {
 
 
 class Conv(nn.Module):
-    """Convolution with bias and ReLU; `pad` zeros on each side."""
+    """Convolution with bias and ReLU; `pad` zeros on each side.
+
+    `averaged`: of the 3x3 mean of its input. A pointwise convolution and a mean commute, and there
+    are fewer outputs to average than inputs.
+    """
 
     features: int
     kernel: tuple[int, int] = (1, 1)
     stride: int = 1
     pad: tuple[int, int] = (0, 0)
+    averaged: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 k"]:
         shape = (*self.kernel, x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.he_normal(), shape)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        x = jax.lax.conv_general_dilated(
-            x,
-            kernel,
-            (self.stride, self.stride),
-            [(p, p) for p in self.pad],
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
-        return nn.relu(x + bias)
+        if self.kernel == (1, 1) and self.stride == 1:
+            x = x @ kernel[0, 0]  # XLA has faster products than convolutions on a CPU
+        else:
+            x = jax.lax.conv_general_dilated(
+                x,
+                kernel,
+                (self.stride, self.stride),
+                [(p, p) for p in self.pad],
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            )
+        return nn.relu((_average_pool(x) if self.averaged else x) + bias)
 
 
-def _max_pool(x, stride, padding="VALID"):
-    return nn.max_pool(x, (3, 3), (stride, stride), padding)
+# 3x3 pools as three shifts along each axis: XLA's windows are slow on a CPU.
 
 
-def _average_pool(x):
-    return nn.avg_pool(x, (3, 3), (1, 1), "SAME", count_include_pad=False)
+def _shifted(x: Array, axis: int, stride: int) -> list[Array]:
+    stops = [x.shape[axis] - 2 + i for i in range(3)]
+    return [jax.lax.slice_in_dim(x, i, stops[i], stride, axis) for i in range(3)]
+
+
+def _max_pool(x: Float[Array, "b h w c"], stride: int, *, pad: int = 0) -> Array:
+    if pad:
+        x = jnp.pad(x, [(0, 0), (pad, pad), (pad, pad), (0, 0)], constant_values=-jnp.inf)
+    for axis in (1, 2):
+        x = functools.reduce(jnp.maximum, _shifted(x, axis, stride))
+    return x
+
+
+def _average_pool(x: Float[Array, "b h w c"]) -> Array:
+    """The mean over those of nine positions that lie in the image."""
+    _, height, width, _ = x.shape
+    rows, columns = (np.convolve(np.ones(n), np.ones(3), "same") for n in (height, width))
+    x = jnp.pad(x, [(0, 0), (1, 1), (1, 1), (0, 0)])
+    for axis in (1, 2):
+        x = functools.reduce(jnp.add, _shifted(x, axis, 1))
+    return x * jnp.asarray(1 / np.outer(rows, columns), x.dtype)[..., None]
 
 
 # Chains of (name, features, kernel, stride); padding keeps the size unless the stride is 2.
@@ -118,9 +146,10 @@ class Block(nn.Module):
             outputs.append(y)
         if not self.pool:
             outputs.append(_max_pool(x, 2))
+        elif self.max_pool:
+            outputs.append(Conv(self.pool, name="branch_pool")(_max_pool(x, 1, pad=1)))
         else:
-            y = _max_pool(x, 1, ((1, 1), (1, 1))) if self.max_pool else _average_pool(x)
-            outputs.append(Conv(self.pool, name="branch_pool")(y))
+            outputs.append(Conv(self.pool, averaged=True, name="branch_pool")(x))
         return jnp.concatenate(outputs, -1)
 
 

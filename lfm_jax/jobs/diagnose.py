@@ -280,9 +280,14 @@ def _switched(config: ConfigDict, held: Held) -> Any:
         latents, _ = switch_class(
             few.velocity, few.latents, label, t=section.switch_t, num_steps=16
         )
-        columns.append(np.asarray(to_uint8(few.codec.decode(latents))))
+        columns.append(np.asarray(_pictures(few.codec, latents)))
     cells = np.stack(columns, axis=1).reshape(-1, *few.images.shape[1:])
     return image_grid(cells, columns=len(columns))
+
+
+@jax.jit
+def _pictures(codec: Codec, latents: jax.Array) -> jax.Array:
+    return to_uint8(codec.decode(latents))
 
 
 # ---- cost and quality

@@ -58,8 +58,16 @@ _SUSPECTS = 10  # rows of the picture of nearest neighbours
 
 
 def inputs(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
-    judged = config.evaluate.samples or workdir.require_result("sample")["provenance"]["inputs"]
-    return {"samples": judged, **build.section(config, "evaluate")}
+    """Files by what is in them: another file under the same name is another input."""
+    section = config.evaluate
+    if section.samples is None:
+        judged = workdir.require_result("sample")["provenance"]["inputs"]
+    else:
+        judged = SampleFile(section.samples).sha256
+    compared = {}
+    if section.reference is not None:
+        compared["reference"] = read_reference(section.reference).provenance["file_sha256"]
+    return {"samples": judged, **compared, **build.section(config, "evaluate")}
 
 
 def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:

@@ -43,6 +43,16 @@ def options(config: ConfigDict) -> dict[str, Any]:
     }
 
 
+def inputs(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
+    """Which other networks samples depend on, by content; empty where there are none."""
+    section, found = config.sample, {}
+    if section.autoguidance != 1:
+        found["weak"] = Workdir(epath.Path(section.weak)).checkpoint()
+    if section.classifier_guidance:
+        found["classifier"] = workdir.require_result("classifier")["checkpoint"]
+    return found
+
+
 def helpers(config: ConfigDict, workdir: Workdir) -> Helpers:
     """The networks that the guidance of `config.sample` needs, from their workdirs.
 

@@ -21,7 +21,7 @@ from lfm_jax.conditions.inpainting import composite
 from lfm_jax.config import content_hash
 from lfm_jax.evaluate import write_samples
 from lfm_jax.flow import describe_failure
-from lfm_jax.jobs import build, pictures, watch
+from lfm_jax.jobs import build, guide, pictures, watch
 from lfm_jax.jobs.condition import Given, given_grid
 from lfm_jax.jobs.generate import Generator, load_samples, sample_labels
 from lfm_jax.workdir import Workdir
@@ -31,7 +31,8 @@ from lfm_jax.writers import save_image, write_bytes
 def inputs(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     sampling = build.section(config, "sample")
     del sampling["sample"]["batch_size"]
-    return {"checkpoint": workdir.checkpoint(), **sampling}
+    beside = guide.inputs(config, workdir)
+    return {"checkpoint": workdir.checkpoint(), **sampling, **beside}
 
 
 def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
@@ -215,11 +216,11 @@ def _join(
     return {name: float(np.average(values, weights=sizes)) for name, values in means.items()}
 
 
-def _counts(stats: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _counts(stats: dict[str, np.ndarray]) -> dict[str, Any]:
     return {name: np.mean(np.asarray(stats[name])) for name in ("nfe", "network_calls")}
 
 
-def _npz(**arrays: np.ndarray) -> bytes:
+def _npz(**arrays: Any) -> bytes:
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     return buffer.getvalue()
