@@ -13,7 +13,8 @@
 #
 # Environment: TPU_NAME, TPU_ZONE, TPU_TYPE (v5p-32, v5litepod-16, ...), TPU_VERSION (runtime image,
 # e.g. v2-alpha-tpuv5), TPU_SPOT=1, TPU_PROJECT, TPU_SETUP (a command for every host after the
-# install, e.g. a gcsfuse mount), TPU_NETWORK, TPU_POLL (seconds between two looks, default 60).
+# install, e.g. a gcsfuse mount or a copy of the latents), LFM_MOUNTS (where that put them),
+# TPU_NETWORK, TPU_POLL (seconds between two looks, default 60).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -101,7 +102,7 @@ run() {
   inner=".venv/bin/python -m lfm_jax.main $(printf '%q ' "${flags[@]}"); echo \$? > run.status"
   # A log a host: --worker=all holds all output back until the command ends. The status is kept for
   # retry. The compilation cache lies on the host; a restart of the run does not compile again.
-  on all "cd lfm_jax && rm -f run.status && (LFM_DISTRIBUTED=1 \
+  on all "cd lfm_jax && rm -f run.status && (LFM_DISTRIBUTED=1 LFM_MOUNTS=$(printf '%q' "${LFM_MOUNTS:-}") \
 JAX_COMPILATION_CACHE_DIR=\$HOME/.jax-cache nohup bash -c $(printf '%q' "$inner") \
 > run.log 2>&1 < /dev/null &)"
 }

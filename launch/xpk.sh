@@ -5,7 +5,8 @@
 # Environment: XPK_CLUSTER, XPK_WORKLOAD, XPK_TYPE (v5p-32, v5litepod-16, v6e-256, ...), XPK_SLICES
 # (default 1), XPK_ZONE, XPK_PROJECT, XPK_IMAGE (base image, default python:3.12), XPK_RESTARTS
 # (default 100: how often a preempted workload is started again; each goes on from its checkpoint),
-# XPK_PRIORITY (default medium). The workdir must be in a bucket: a restarted pod has a new disk.
+# XPK_PRIORITY (default medium), XPK_SETUP (a command before the run, e.g. a copy of the latents),
+# LFM_MOUNTS (where that put them). The workdir must be in a bucket: a restarted pod has a new disk.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -53,12 +54,12 @@ case "$verb" in
       *) echo "xpk: --workdir: expected gs://...: a pod's own disk is gone when it restarts" >&2; exit 2 ;;
     esac
     # 75 (preempted, saved) is the only status worth a restart: 1 and 2 would fail again.
-    command="pip install -q '.[tpu]' && python -m lfm_jax.main $(printf '%q ' "$@")"
+    command="pip install -q '.[tpu]' && ${XPK_SETUP:+$XPK_SETUP && }python -m lfm_jax.main $(printf '%q ' "$@")"
     call xpk workload create "${where[@]}" --workload="$XPK_WORKLOAD" --tpu-type="$XPK_TYPE" \
       --num-slices="${XPK_SLICES:-1}" --base-docker-image="${XPK_IMAGE:-python:3.12}" \
       --script-dir="$PWD" --priority="${XPK_PRIORITY:-medium}" \
       --max-restarts="${XPK_RESTARTS:-100}" --restart-on-exit-codes=75 \
-      --env="LFM_DISTRIBUTED=1" --command="$command"
+      --env="LFM_DISTRIBUTED=1" ${LFM_MOUNTS:+--env="LFM_MOUNTS=$LFM_MOUNTS"} --command="$command"
     ;;
   status) call xpk workload list "${where[@]}" --filter-by-job="$XPK_WORKLOAD" ;;
   logs) call kubectl logs --follow --selector="jobset.sigs.k8s.io/jobset-name=$XPK_WORKLOAD,batch.kubernetes.io/job-completion-index=0" --all-containers --max-log-requests=16 ;;

@@ -13,7 +13,7 @@ import json
 import os
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import jax
@@ -24,6 +24,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from lfm_jax import config as config_lib
+from lfm_jax import lease
 from lfm_jax.errors import UserError
 from lfm_jax.writers import write_json
 
@@ -130,17 +131,19 @@ def held(workdir: Workdir, job: str) -> Iterator[None]:
     """Keep other runs out of a workdir while one is in it.
 
     The lock is the kernel's (``flock``), so that it ends with its process, however that ends; the
-    file only says who has it. A workdir in a bucket has no lock.
+    file only says who has it. In a bucket it is an object that is renewed (`lfm_jax.lease`).
 
     Raises:
         UserError: in every process of the run: another run has the workdir, or it cannot be
             written.
     """
-    if "://" in os.fspath(workdir.root):
-        yield
-        return
     taken: list[int] = []
-    on_main_process(lambda: taken.append(_lock(workdir, job)))
+    with ExitStack() as leases:
+        if "://" in os.fspath(workdir.root):
+            on_main_process(lambda: leases.enter_context(lease.held(workdir.lock, job)))
+            yield
+            return
+        on_main_process(lambda: taken.append(_lock(workdir, job)))
     try:
         yield
     finally:

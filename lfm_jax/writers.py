@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,9 @@ def write_bytes(path: epath.PathLike, content: bytes) -> None:
     """Write a file so that a reader sees the old content or the new one, never a part."""
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    if "://" in os.fspath(path):  # an object appears whole; renaming one would be copying it
+        path.write_bytes(content)
+        return
     temporary = path.parent / f".{path.name}.tmp"
     try:
         temporary.write_bytes(content)

@@ -186,9 +186,14 @@ def seal(description: dict[str, Any]) -> dict[str, Any]:
     return {**content, _SEAL: hashlib.sha256(text.encode()).hexdigest()}
 
 
+def is_sealed(description: dict[str, Any]) -> bool:
+    """Whether the checksum fits; descriptions of before there were any pass."""
+    return _SEAL not in description or seal(description) == description
+
+
 def _check_description(metadata: dict[str, Any]) -> None:
     """Raise whatever for one that `CacheWriter` cannot have written."""
-    if _SEAL in metadata and seal(metadata) != metadata:
+    if not is_sealed(metadata):
         raise ValueError("its checksum differs")
     features = features_from_json(metadata["features"])
     wanted = {"moments": "f", "label": "i", "index": "i"}
@@ -280,13 +285,21 @@ def file_sha256(path: Path) -> str:
 def local_folder(folder: str | os.PathLike[str]) -> Path:
     """The folder as a local path.
 
+    ArrayRecord opens local files only. Where buckets are mounted (gcsfuse) or copied to, the
+    environment says: ``LFM_MOUNTS="gs://bucket=/mnt/bucket gs://other/runs=/data/runs"``.
+
     Raises:
-        UserError: an address such as gs://, which ArrayRecord cannot open.
+        UserError: an address such as gs:// that LFM_MOUNTS does not cover.
     """
     name = os.fspath(folder)
-    if "://" in name:
-        raise UserError(
-            f"latent cache {name}: ArrayRecord opens local paths only; "
-            "mount the bucket or copy the folder to this host"
-        )
-    return Path(name).expanduser()
+    if "://" not in name:
+        return Path(name).expanduser()
+    for mount in os.environ.get("LFM_MOUNTS", "").split():
+        address, _, place = mount.partition("=")
+        rest = name.removeprefix(address.rstrip("/"))
+        if place and rest != name and rest[:1] in ("", "/"):
+            return Path(place) / rest.lstrip("/")
+    raise UserError(
+        f"latent cache {name}: ArrayRecord opens local paths only; mount the bucket or copy the "
+        "folder to this host, and say where by LFM_MOUNTS=gs://bucket=/mnt/bucket"
+    )
