@@ -23,7 +23,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from benchmarks.figures import RESULTS, record
-from lfm_jax.boundary import cross_validated, fit
+from lfm_jax.boundary import cross_validated, fit, load_boundary, save_boundary
 from lfm_jax.boundary.crossing import Crossing, Space, fit_space
 from lfm_jax.boundary.editor import Editor
 from lfm_jax.boundary.judges import Judge, class_judge, pixel_judge, split_sides, take_sides
@@ -148,8 +148,8 @@ def search(bench: Bench, seed: int) -> dict[str, Any]:
     )
 
 
-def curves(bench: Bench, seed: int, t: float) -> dict[str, Any]:
-    """The strength chosen on validation images, and every method's curve on the test images."""
+def cross(bench: Bench, seed: int, t: float) -> dict[str, Any]:
+    """The strength chosen on validation images, and the boundary's curve on the test images."""
     editor, judge = bench.editor, bench.judges[MATRIX[0]]
     fitted, validation, test = sets(bench, MATRIX[0], seed)
     up = editor.invert(fitted.latents, t)
@@ -157,27 +157,14 @@ def curves(bench: Bench, seed: int, t: float) -> dict[str, Any]:
     boundary = fit(up, fitted.sides, seed=seed)
     fit_seconds = time.perf_counter() - begin
     way = Crossing()
-    chosen_rows = edit_curve(
-        editor,
-        way,
-        [{"z": boundary}],
-        judge,
-        validation,
-        editor.invert(validation.latents, t),
-        t,
-        STRENGTHS,
-    )
-    chosen = smallest_strength(chosen_rows, edit.FLIP_LEVEL)
+    there = editor.invert(validation.latents, t)
+    chosen = edit_curve(editor, way, [{"z": boundary}], judge, validation, there, t, STRENGTHS[1:])
 
     # ---- test images from here on
     states = editor.invert(test.latents, t)
-    measured = boundary.measure(states, test.sides)
     wider = sets(bench, MATRIX[0], seed, tests=300)[2]
-    measured["auc_300"] = boundary.measure(editor.invert(wider.latents, t), wider.sides)["auc"]
-    methods: dict[str, list[dict[str, float]]] = {}
-    scores = [judge.score(test.images) * -test.sides]
+    scores, rows = [judge.score(test.images) * -test.sides], []
     begin = time.perf_counter()
-    rows = []
     for strength in STRENGTHS:
         images = editor.decode(
             way.apply(editor, [{"z": boundary}], states, t, away(test.sides, strength, way.mode))
@@ -185,12 +172,31 @@ def curves(bench: Bench, seed: int, t: float) -> dict[str, Any]:
         scores.append(judge.score(images) * -test.sides)
         rows.append(_row(judge, test, images, strength))
     edit_seconds = (time.perf_counter() - begin) / (len(STRENGTHS) * len(test))
-    methods["boundary (SVM)"] = rows
+    save_boundary(_boundary_file(bench, seed), boundary)
+    plain = editor.decode(test.latents)
+    unedited = editor.decode(editor.generate(states, t))
+    return {
+        "t": t,
+        "cost": boundary.cost,
+        "cross_validated_auc": boundary.score,
+        "auc_300": boundary.measure(editor.invert(wider.latents, t), wider.sides)["auc"],
+        "strength": smallest_strength(chosen, edit.FLIP_LEVEL),
+        "validation": chosen,
+        "methods": {"boundary (SVM)": rows},
+        "spearman": monotonicity((0.0, *STRENGTHS), np.stack(scores)),
+        "psnr_autoencoder": psnr(plain, test.images),
+        "psnr_round_trip": psnr(unedited, test.images),
+        "fit_seconds": fit_seconds,
+        "edit_seconds": edit_seconds,
+    }
 
-    mean = fit(up, fitted.sides, method="mean")
-    methods["mean difference"] = edit_curve(
-        editor, way, [{"z": mean}], judge, test, states, t, STRENGTHS
-    )
+
+def directions(bench: Bench, seed: int, t: float) -> dict[str, list[dict[str, float]]]:
+    """Other normals: a random one and a label-shuffled SVM's, of equal step; the means'."""
+    editor, judge = bench.editor, bench.judges[MATRIX[0]]
+    fitted, _, test = sets(bench, MATRIX[0], seed)
+    up, states = (editor.invert(x.latents, t) for x in (fitted, test))
+    boundary = load_boundary(_boundary_file(bench, seed))
     random = np.random.default_rng(seed)
     shuffled = fit(up, random.permutation(fitted.sides), cost=boundary.cost)
     direction = random.normal(size=boundary.normal.shape)
@@ -198,32 +204,28 @@ def curves(bench: Bench, seed: int, t: float) -> dict[str, Any]:
         "random direction": direction / np.linalg.norm(direction),
         "label-shuffled SVM": shuffled.normal,
     }
-    for name, normal in others.items():
-        methods[name] = [
+    found = {
+        name: [
             _row(judge, test, _equal_step(editor, states, boundary, test, t, s, normal), s)
-            for s in STRENGTHS
+            for s in STRENGTHS[1:]
         ]
-    methods["class switch"] = class_switch(bench, test)
-    methods["SDEdit"] = sdedit(bench, test)
-    if seed == 0:
-        methods |= more_spaces(bench, fitted, test, up, states, t)
-
-    plain = editor.decode(test.latents)
-    unedited = editor.decode(editor.generate(states, t))
-    return {
-        "t": t,
-        "cost": boundary.cost,
-        "cross_validated_auc": boundary.score,
-        "test": measured,
-        "strength": chosen,
-        "validation": chosen_rows,
-        "methods": methods,
-        "spearman": monotonicity((0.0, *STRENGTHS), np.stack(scores)),
-        "psnr_autoencoder": psnr(plain, test.images),
-        "psnr_round_trip": psnr(unedited, test.images),
-        "fit_seconds": fit_seconds,
-        "edit_seconds": edit_seconds,
+        for name, normal in others.items()
     }
+    mean = fit(up, fitted.sides, method="mean")
+    found["mean difference"] = edit_curve(
+        editor, Crossing(), [{"z": mean}], judge, test, states, t, STRENGTHS[:4]
+    )
+    return found
+
+
+def turns(bench: Bench, seed: int) -> dict[str, list[dict[str, float]]]:
+    """What a network with classes can do without a boundary."""
+    test = sets(bench, MATRIX[0], seed)[2]
+    return {"class switch": class_switch(bench, test), "SDEdit": sdedit(bench, test)}
+
+
+def _boundary_file(bench: Bench, seed: int) -> epath.Path:
+    return bench.workdir.root / f"boundary_{seed}.npz"
 
 
 def _row(judge: Judge, test: Examples, images: np.ndarray, strength: float) -> dict[str, float]:
@@ -272,8 +274,10 @@ def sdedit(bench: Bench, test: Examples) -> list[dict[str, float]]:
     return rows
 
 
-def more_spaces(bench: Bench, fitted, test, up, states, t) -> dict[str, list[dict[str, float]]]:
+def spaces(bench: Bench, t: float) -> dict[str, list[dict[str, float]]]:
     """The hidden state of the middle block, both spaces, a rotation, and full noise on the way."""
+    fitted, _, test = sets(bench, MATRIX[0], 0)
+    up, states = (bench.editor.invert(x.latents, t) for x in (fitted, test))
     ways = {
         "h, middle block": Crossing(space=Space(name="h")),
         "z and h": Crossing(space=Space(name="both")),
@@ -319,88 +323,107 @@ def auc_curves(bench: Bench) -> dict[str, Any]:
     return found
 
 
-def leakage_matrix(bench: Bench, t: float) -> dict[str, Any]:
-    """Mean change of every attribute's score (columns) by the edit of each (rows)."""
+def leak(bench: Bench, name: str, t: float) -> dict[str, Any]:
+    """Mean change of every attribute's score by the edit of one."""
     reference = bench.test.batch(np.linspace(0, len(bench.test) - 1, 500).astype(int))["image"]
     deviations = {n: float(np.std(j.score(reference))) for n, j in bench.judges.items()}
-    rows, flips = {}, {}
-    for name, judge in bench.judges.items():
-        fitted, validation, test = sets(bench, name, 0, tests=64)
-        up = bench.editor.invert(fitted.latents, t)
-        boundary = {"z": fit(up, fitted.sides)}
-        there = bench.editor.invert(validation.latents, t)
-        curve = edit_curve(
-            bench.editor, Crossing(), [boundary], judge, validation, there, t, STRENGTHS[1::2]
-        )
-        strength = smallest_strength(curve, edit.FLIP_LEVEL)
-        states = bench.editor.invert(test.latents, t)
-        moved = Crossing().apply(
-            bench.editor, [boundary], states, t, away(test.sides, strength, "project")
-        )
-        images = bench.editor.decode(moved)
-        before = {n: j.score(test.images) for n, j in bench.judges.items()}
-        after = {n: j.score(images) for n, j in bench.judges.items()}
-        rows[name] = leakage(before, after, deviations)
-        flips[name] = {
-            "strength": strength,
-            "flip_rate": flip_rate(test.sides, after[name]),
-            "distance": pixel_distance(images, test.images),
-            "auc": boundary["z"].measure(states, test.sides)["auc"],
-        }
-    return {"t": t, "rows": rows, "edits": flips}
+    judge = bench.judges[name]
+    fitted, validation, test = sets(bench, name, 0, tests=64)
+    boundary = {"z": fit(bench.editor.invert(fitted.latents, t), fitted.sides)}
+    there = bench.editor.invert(validation.latents, t)
+    curve = edit_curve(
+        bench.editor, Crossing(), [boundary], judge, validation, there, t, STRENGTHS[1::2]
+    )
+    strength = smallest_strength(curve, edit.FLIP_LEVEL)
+    states = bench.editor.invert(test.latents, t)
+    moved = Crossing().apply(
+        bench.editor, [boundary], states, t, away(test.sides, strength, "project")
+    )
+    images = bench.editor.decode(moved)
+    before = {n: j.score(test.images) for n, j in bench.judges.items()}
+    after = {n: j.score(images) for n, j in bench.judges.items()}
+    return {
+        "t": t,
+        "strength": strength,
+        "flip_rate": flip_rate(test.sides, after[name]),
+        "distance": pixel_distance(images, test.images),
+        "auc": boundary["z"].measure(states, test.sides)["auc"],
+        "change": leakage(before, after, deviations),
+    }
 
 
-def pictures(bench: Bench, t: float, strength: float) -> None:
-    """Strips of test images of three pairs, strength from left to right, originals first."""
+def strips(bench: Bench, name: str, t: float) -> None:
+    """Test images, originals first, then strength from left to right."""
     strengths = (-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0)
-    for name, file in zip(
-        MATRIX[:3], ("sneaker_boot", "shirt_coat", "pullover_dress"), strict=True
-    ):
-        judge = bench.judges[name]
-        fitted, _, test = sets(bench, name, 0, tests=16)
-        boundary = fit(bench.editor.invert(fitted.latents, t), fitted.sides)
-        states = bench.editor.invert(test.latents, t)
-        columns = [test.images]
-        for s in strengths:
-            moved = Crossing().apply(bench.editor, [{"z": boundary}], states, t, s)
-            columns.append(bench.editor.decode(moved))
-        strip = np.stack(columns).swapaxes(0, 1)
-        words = {-1: judge.attribute.negative, 1: judge.attribute.positive}
-        save_image(
-            OUT / f"strips_{file}.png",
-            image_grid(
-                strip.reshape(-1, *strip.shape[2:]),
-                columns=len(columns),
-                row_labels=[words[int(side)] for side in test.sides],
-            ),
-        )
+    judge = bench.judges[name]
+    fitted, _, test = sets(bench, name, 0, tests=12)
+    boundary = fit(bench.editor.invert(fitted.latents, t), fitted.sides)
+    states = bench.editor.invert(test.latents, t)
+    columns = [test.images]
+    for s in strengths:
+        moved = Crossing().apply(bench.editor, [{"z": boundary}], states, t, s)
+        columns.append(bench.editor.decode(moved))
+    strip = np.stack(columns).swapaxes(0, 1)
+    words = {-1: judge.attribute.negative, 1: judge.attribute.positive}
+    picture = image_grid(
+        strip.reshape(-1, *strip.shape[2:]),
+        columns=len(columns),
+        row_labels=[words[int(side)] for side in test.sides],
+    )
+    save_image(OUT / f"strips_{_plain(name)}.png", picture)
+
+
+def _plain(name: str) -> str:
+    return name.partition(":")[2].replace(" ", "_").replace("/", "_")
 
 
 # ---- the figures
 
 
-def main(init: str, folder: str) -> None:
+def main(init: str, folder: str, *only: str) -> None:
+    """Every part that is missing, then the figures; or only the parts that are named."""
     bench = open_bench(init, folder)
-    searches = [bench.part(f"search_{seed}", lambda s=seed: search(bench, s)) for seed in SEEDS]
-    runs = [
-        bench.part(f"curves_{seed}", lambda s=seed, f=found: curves(bench, s, f["t"]))
-        for seed, found in zip(SEEDS, searches, strict=True)
-    ]
-    auc = bench.part("auc", lambda: auc_curves(bench))
-    matrix = bench.part("leakage", lambda: leakage_matrix(bench, searches[0]["t"]))
     OUT.mkdir(parents=True, exist_ok=True)
-    bench.part("strips", lambda: pictures(bench, searches[0]["t"], runs[0]["strength"]))
+
+    def part(name: str, make: Callable[[], Any]) -> Any:
+        done = (bench.workdir.root / "parts" / f"{name}.json").exists()
+        return bench.part(name, make) if done or not only or name in only else None
+
+    searches, runs = [], []
+    for seed in SEEDS:
+        found = part(f"search_{seed}", lambda s=seed: search(bench, s))
+        if found is None:
+            return
+        searches.append(found)
+        t = found["t"]
+        run = part(f"cross_{seed}", lambda s=seed, t=t: cross(bench, s, t)) or {"methods": {}}
+        more = [
+            part(f"directions_{seed}", lambda s=seed, t=t: directions(bench, s, t)),
+            part(f"turns_{seed}", lambda s=seed: turns(bench, s)),
+            part("spaces", lambda t=t: spaces(bench, t)) if seed == 0 else {},
+        ]
+        for methods in more:
+            run["methods"] |= methods or {}
+        runs.append(run)
+    t = searches[0]["t"]
+    auc = part("auc", lambda: auc_curves(bench))
+    matrix = {
+        name: part(f"leak_{_plain(name)}", lambda n=name: leak(bench, n, t)) for name in MATRIX
+    }
+    for name in MATRIX[:3]:
+        part(f"strips_{_plain(name)}", lambda n=name: strips(bench, n, t))
+    if only:
+        return
     write_json(OUT / "mixing.json", searches[0])
     write_json(OUT / "pareto.json", runs)
     write_json(OUT / "auc.json", auc)
     write_json(OUT / "leakage.json", matrix)
     mixing_picture(OUT / "mixing.png", searches[0])
     for source in ("inverted", "noised"):
-        shown = {"times": auc["times"], "t": searches[0]["t"]}
-        shown |= {"curves": {"separability": auc[source]["z"]}}
+        shown = {"times": auc["times"], "t": t, "curves": {"separability": auc[source]["z"]}}
         shown["layers"] = {k: v for k, v in auc[source].items() if k != "z"}
         mixing_picture(OUT / f"auc_{source}.png", shown)
-    pareto_picture(OUT / "pareto.png", runs[0]["methods"], title=f"seed 0, t = {runs[0]['t']:g}")
+    pareto_picture(OUT / "pareto.png", runs[0]["methods"], title=f"seed 0, t = {t:g}")
     figures(searches, runs, matrix)
 
 
@@ -424,7 +447,7 @@ def figures(searches: list[dict], runs: list[dict], matrix: dict) -> None:
         f"seeds: {times}; chosen on train images; candidates {searches[0]['times']}; other rules "
         f"on seed 0: {rules}",
     )
-    aucs = [run["test"]["auc_300"] for run in runs]
+    aucs = [run["auc_300"] for run in runs]
     add(
         "boundary AUC at t_m, sneaker/ankle boot, 500 training images, lowest of 3 seeds",
         min(aucs),
@@ -485,8 +508,8 @@ def figures(searches: list[dict], runs: list[dict], matrix: dict) -> None:
     )
     worst = max(
         (value, row, column)
-        for row, values in matrix["rows"].items()
-        for column, value in values.items()
+        for row, made in matrix.items()
+        for column, value in made["change"].items()
         if row != column
     )
     add(
@@ -510,10 +533,10 @@ def figures(searches: list[dict], runs: list[dict], matrix: dict) -> None:
         None,
         "machine shared",
     )
-    for name in ("mean difference", "label-shuffled SVM"):
+    for name in ("label-shuffled SVM",):
         rows = [_at(run["methods"][name], run["strength"]) for run in runs]
         add(
-            f"flip rate of the {name} at the chosen strength, mean of 3 seeds",
+            f"flip rate of the {name} at equal step, mean of 3 seeds",
             mean([row["flip_rate"] for row in rows]),
             "report",
             None,

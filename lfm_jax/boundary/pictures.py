@@ -18,6 +18,7 @@ def mixing_picture(path: epath.PathLike, found: dict[str, Any]) -> None:
     for layer, auc in found.get("layers", {}).items():
         left.plot(times, auc, ".--", label=layer)
     left.set_ylabel("AUC, cross-validated")
+    left.set_ylim(min(left.get_ylim()[0], 0.9), 1.005)  # or differences of 0.1 % fill the picture
     shown = {"radius": "radius gap", "commitment": "I / H", "utility": "edit utility"}
     for name, label in shown.items():
         if name in curves:
