@@ -1,6 +1,8 @@
 """The ways a run ends early on purpose, and their exit statuses."""
 
 import errno
+import sys
+from typing import NoReturn
 
 # Exit statuses that launchers rely on: only PREEMPTED is worth a rerun of the same command.
 OK = 0
@@ -38,3 +40,22 @@ def storage_failure(error: OSError) -> str | None:
         return None
     where = error.filename2 or error.filename
     return f"{where}: {error.strerror}" if where else f"storage: {error.strerror}"
+
+
+def ending(error: BaseException) -> tuple[str, int] | None:
+    """Line and exit status of an end on purpose; None for what is a fault of the program."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, UserError):
+        return text, USER_MISTAKE
+    if isinstance(error, Preempted):
+        return text, PREEMPTED
+    if isinstance(error, Failed | FloatingPointError):
+        return text, FAILED
+    line = storage_failure(error) if isinstance(error, OSError) else None
+    return (line, FAILED) if line else None
+
+
+def end(error: BaseException | str, status: int) -> NoReturn:
+    """Print one line and exit."""
+    print(f"lfm_jax: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    sys.exit(status)

@@ -1,13 +1,8 @@
-"""The command line: flags, processes, config checks, then the job.
-
-python -m lfm_jax.main --config=configs/NAME.py[:variant] --workdir=DIR [--job=JOB]
-    [--config.key=value ...]
-"""
+"""The command line, as `HELP` says it: flags, processes, config checks, then the job."""
 
 import json
 import os
 import sys
-from typing import NoReturn
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -39,29 +34,19 @@ def run() -> None:
 
 def main(_: list[str]) -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    try:
-        from lfm_jax import distributed, jobs, sharding
-        from lfm_jax.config_check import check_config
+    from lfm_jax import distributed, jobs, sharding
+    from lfm_jax.config import to_json
+    from lfm_jax.config_check import check_config
 
-        config = _CONFIG.value
-        if _JOB.value:
-            config.job = _JOB.value
+    config = _CONFIG.value
+    config.job = _JOB.value or config.job
+    with distributed.one_end_for_all():
         check_config(config)
         distributed.initialize()
+        distributed.agree(to_json(config), _WORKDIR.value)
         result = jobs.run_job(config.job, config, _WORKDIR.value)
-    except errors.UserError as error:
-        _end(error, errors.USER_MISTAKE)
-    except errors.Preempted as error:
-        _end(error, errors.PREEMPTED)
-    except (errors.Failed, FloatingPointError) as error:
-        _end(error, errors.FAILED)
-    except OSError as error:
-        line = errors.storage_failure(error)
-        if line is None:
-            raise
-        _end(line, errors.FAILED)
-    if sharding.is_main_process():
-        print(json.dumps(result), flush=True)
+        if sharding.is_main_process():
+            print(json.dumps(result), flush=True)
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
@@ -81,18 +66,11 @@ def _parse_flags(argv: list[str]) -> list[str]:
                 raise errors.UserError(f"--{flag.name} is missing; see --help")
         list(_CONFIG.value)  # a file that does not load fails here and not on the first use
     except (KeyError, AttributeError) as error:  # ml_collections' word for an unknown field
-        _end(f"--config: unknown field {error.args[0]}", errors.USER_MISTAKE)
+        errors.end(f"--config: unknown field {error.args[0]}", errors.USER_MISTAKE)
     except Exception as error:  # config files are code: whatever they raise is the user's to mend
-        _end(error, errors.USER_MISTAKE)
+        errors.end(error, errors.USER_MISTAKE)
     logging.set_verbosity(logging.WARNING)
     return rest
-
-
-def _end(error: Exception | str, status: int) -> NoReturn:
-    line = " ".join(str(error).split()) or type(error).__name__
-    print(f"lfm_jax: {line}", file=sys.stderr, flush=True)
-    # A peer that is waiting in a collective must not keep this process alive.
-    sys.exit(status)
 
 
 if __name__ == "__main__":

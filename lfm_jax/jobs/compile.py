@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
 from lfm_jax import aot, profiling, sharding
@@ -238,7 +238,7 @@ def abstract_codec(config: ConfigDict) -> Codec:
 # ---- the verdict
 
 
-def first_knob(config: ConfigDict, mesh: Mesh, figures: dict[str, Any]) -> str:
+def first_knob(config: ConfigDict, mesh: Mesh | AbstractMesh, figures: dict[str, Any]) -> str:
     """The setting to turn first where a program does not fit, as a flag.
 
     State that fills more than a third of the memory is sharded first; else activations are
