@@ -68,7 +68,7 @@ def test_a_source_is_read_in_batches_and_judged_as_a_whole():
     assert out["num_images"] == 15 and out["psnr"] == 100.0
     rows = extractor(source.batch(indices)["image"])["features"]
     np.testing.assert_allclose(seen[0][0], rows.mean(0), rtol=1e-6)
-    np.testing.assert_allclose(seen[0][3], np.cov(rows.T), rtol=1e-6)
+    np.testing.assert_allclose(seen[0][3], np.cov(rows.T), rtol=1e-6, atol=1e-9)
 
 
 def test_latent_statistics_and_feature_distance_of_an_autoencoder():

@@ -41,7 +41,9 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     section = config.export
     _check(config, workdir)
     params = checkpoints.load_params(workdir.checkpoints, ema=section.ema)
-    codec = build.codec(config, workdir)
+    model, codec = build.network(config), build.codec(config, workdir)
+    for family in section.families:
+        FAMILIES[family].export(model, params)  # refuses what its code cannot run
     described = {
         "config": to_json(config),
         "time": "t=0 is data, t=1 is noise; velocity dx/dt = (1-s) noise - data",
@@ -68,7 +70,7 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     if config.autoencoder.kind == "train":
         _write_autoencoder(release / "vae", codec)
     for family in section.families:
-        _write_family(release, family, build.network(config), params, described["latents"]["shape"])
+        _write_family(release, family, model, params, described["latents"]["shape"])
     write_bytes(release / "README.md", _card(config, workdir, described, params).encode())
     files = {str(p.relative_to(release)): p.stat().length for p in _files(release)}
     return {
@@ -120,7 +122,7 @@ def _write_family(
 def _files(release: Any) -> list[Any]:
     found = []
     for path in release.iterdir():
-        if not path.name.startswith("."):
+        if not path.name.endswith(".tmp"):
             found += _files(path) if path.is_dir() else [path]
     return found
 
