@@ -26,10 +26,13 @@ MAX_WEIGHT = 10.0
 
 @flax.struct.dataclass
 class LogProbability:
-    """``log p(label | x_t)`` by a network ``model.apply({"params": p}, x, t) -> logits``."""
+    """``log p(label | x_t)`` by a network ``model.apply({"params": p}, x, t) -> logits``.
+
+    `label` may be None until the rows are known.
+    """
 
     params: Any
-    label: Integer[Array, " b"]
+    label: Integer[Array, " b"] | None
     model: nn.Module = flax.struct.field(pytree_node=False)
 
     def __call__(self, x: Float[Array, "b ..."], t: Float[Array, " b"]) -> Float[Array, " b"]:
