@@ -8,7 +8,6 @@ import numpy as np
 import optax
 import pytest
 from checkout import ROOT
-from jax.sharding import AxisType
 
 from lfm_jax import rng
 from lfm_jax.conditions import (
@@ -35,6 +34,7 @@ from lfm_jax.config_check import check_config
 from lfm_jax.errors import UserError
 from lfm_jax.flow import NetworkVelocity, flow_matching_loss, sample
 from lfm_jax.models import Cond, count_params, create_model, forward_macs, init_params
+from lfm_jax.sharding import make_mesh
 from lfm_jax.state import create_state, make_step
 from lfm_jax.vae import from_uint8, identity_codec
 
@@ -232,8 +232,7 @@ def test_the_encoder_moves_in_training(kind):
         classes = np.random.default_rng(1).integers(-1, 10, (8, 4)).astype(np.int32)
         arrays = {"boxes": boxes, "classes": classes}
     loss = flow_matching_loss(model, scale=1.0, condition=training_condition(condition))
-    mesh = jax.make_mesh((1, 1), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
-    tx = optax.adam(1e-2)
+    tx, mesh = optax.adam(1e-2), make_mesh()
     state = create_state(
         lambda: init_conditioned(condition, model, KEY, (4, 4, 2)), tx, mesh, ema=True
     )

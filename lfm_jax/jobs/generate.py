@@ -190,7 +190,7 @@ class Generator:
         """One row a sample over all devices, filled up by repeating the last."""
         values = np.asarray(values, dtype)
         parts = sharding.batch_parts(self.mesh)
-        values = np.concatenate([values, np.repeat(values[-1:], -len(values) % parts)])
+        values = np.concatenate([values, np.repeat(values[-1:], -len(values) % parts, axis=0)])
         placement = sharding.batch_sharding(self.mesh)
         return jax.make_array_from_callback(values.shape, placement, lambda i: values[i])
 
