@@ -47,7 +47,7 @@ from lfm_jax.boundary.search import (
 from lfm_jax.config import neighbour
 from lfm_jax.data import ImageSource
 from lfm_jax.data.attributes import parse_attribute
-from lfm_jax.jobs import build, edit
+from lfm_jax.jobs import build, edit, editing
 from lfm_jax.jobs.judge import judge as open_judge
 from lfm_jax.workdir import Workdir
 from lfm_jax.writers import image_grid, save_image, write_json
@@ -97,9 +97,9 @@ def open_bench(init: str, folder: str) -> Bench:
     config.edit.num_steps = STEPS
     config.model.scan_blocks = False  # the same network, faster on a CPU
     workdir = Workdir(epath.Path(folder))
-    editor = edit.make_editor(config, workdir)
+    editor = editing.make_editor(config, workdir)
     train, test = (build.images(config, split) for split in ("train", "test"))
-    edit.borrow_extractors(Workdir(epath.Path(init)), workdir)
+    editing.borrow_extractors(Workdir(epath.Path(init)), workdir)
     extractor, _ = open_judge(config, workdir)
     judges = {}
     for name in MATRIX:

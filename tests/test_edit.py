@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 from checkout import ROOT
+from etils import epath
 from PIL import Image
 
 from lfm_jax import checkpoints, jobs
@@ -13,8 +14,9 @@ from lfm_jax.boundary import load_boundary
 from lfm_jax.config import neighbour, to_json
 from lfm_jax.config_check import check_config
 from lfm_jax.errors import UserError
-from lfm_jax.jobs import build, edit
+from lfm_jax.jobs import build, edit, editing
 from lfm_jax.models import init_params
+from lfm_jax.workdir import Workdir
 
 
 def small_config(init, **fields):
@@ -119,9 +121,9 @@ def test_images_come_from_files_indices_and_samples(release, tmp_path):
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8), np.uint8)).save(image)
     for images, count in ((str(image), 1), (str(tmp_path), 1), ("test:3,17", 2), ("sampled", 6)):
         config = small_config(release, images=images, time=0.5)
-        judges = edit.make_judges(config, edit.Workdir(tmp_path))
-        editor = edit.make_editor(config, edit.Workdir(tmp_path))
-        target = edit._targets(config, editor, judges[0])
+        judges = editing.make_judges(config, Workdir(tmp_path))
+        editor = editing.make_editor(config, Workdir(tmp_path))
+        target = editing.targets(config, editor, judges[0])
         assert len(target) == count and set(target.sides.tolist()) <= {-1, 1}
 
 
@@ -159,7 +161,7 @@ def test_an_attribute_with_one_side_is_refused(release, tmp_path):
     config.data.limit = 40
     config.data.num_classes = 10
     with pytest.raises(UserError, match="expected at least 10 on each side"):
-        edit.run(config, edit.Workdir(edit.epath.Path(tmp_path)))
+        edit.run(config, Workdir(epath.Path(tmp_path)))
 
 
 def test_exit_status_2_and_one_line(command_line, release, tmp_path):
