@@ -347,6 +347,7 @@ def _config(name: str, run: Path) -> ConfigDict:
     spec.loader.exec_module(module)
     config = module.get_config()
     told = json.loads((run / "config.json").read_text())["config"]
+    config.init = told["init"]  # whose judge it shares
     known = default_config()
     for section in ("autoencoder", "model", "condition", "data"):
         for key, value in told[section].items():

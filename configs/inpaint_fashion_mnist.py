@@ -32,10 +32,10 @@ def get_config(variant: str = "") -> ConfigDict:
     config.condition.variants = 1  # an image is seen about twice
     config.condition.mask_channels = "pixels"
 
-    config.train.steps = 1000
+    config.train.steps = 1200
     config.train.learning_rate = 5e-4
     config.train.warmup_steps = 100
-    config.train.preview_every = 500
+    config.train.preview_every = 600
 
     config.sample.num_samples = 2000
     config.sample.batch_size = 500

@@ -31,7 +31,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.model.patch = 4  # 36 tokens
     config.model.context_dim = 96
 
-    config.train.steps = 2000
+    config.train.steps = 3000
     config.train.batch_size = 64
     config.train.learning_rate = 1e-3
     config.train.schedule = "cosine"
