@@ -347,6 +347,11 @@ def _check_mmd(config: ConfigDict) -> None:
         raise UserError(
             f"--config.mmd.guidance={options.guidance:g}: guidance needs classes; expected 1"
         )
+    if options.real == "mean" and options.kernel != "linear":
+        raise UserError(
+            f"--config.mmd.real=mean: one row stands for all only under mmd.kernel=linear, not "
+            f"{options.kernel}; nystrom does for the others"
+        )
     if options.groups > config.data.num_classes or (options.groups and options.real != "bank"):
         raise UserError(
             f"--config.mmd.groups={options.groups}: expected at most data.num_classes="

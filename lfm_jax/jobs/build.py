@@ -154,6 +154,20 @@ def network(config: ConfigDict) -> nn.Module:
     return create_model(fields.pop("name"), num_classes=config.data.num_classes, **fields)
 
 
+def grid(text: str) -> str | tuple[float, ...]:
+    """A grid's name, or its times out of a list such as "1,0.6,0".
+
+    Raises:
+        UserError: neither.
+    """
+    if "," not in text:
+        return text
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise UserError(f"grid: {text!r}; expected a name or times such as 1,0.6,0") from error
+
+
 def optimizer(section: ConfigDict) -> optax.GradientTransformation:
     """AdamW as `config.train` says."""
     rate = learning_rate(

@@ -65,7 +65,7 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
         latent_shape=cache.latent_shape,
         num_classes=config.data.num_classes,
         solver=options.solver,
-        grid=mmd_features.grid(options.grid),
+        grid=build.grid(options.grid),
         eta=options.eta,
         loop_guidance=options.guidance,
         scales=scales,
@@ -241,7 +241,12 @@ def take_along(base: Workdir, workdir: Workdir) -> None:
         for name in ("autoencoder", "extractors", "results/autoencode.json"):
             source, target = base.root / name, workdir.root / name
             if source.exists() and not target.exists():
-                _copy(source, target)
+                # Under another name until it is whole: what a kill leaves must not look done.
+                partial = target.parent / f".{target.name}.partial"
+                if partial.exists():
+                    partial.rmtree() if partial.is_dir() else partial.unlink()
+                _copy(source, partial)
+                partial.rename(target)
 
     on_main_process(copy)
 

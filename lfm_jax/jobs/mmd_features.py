@@ -367,24 +367,10 @@ def feature_spaces(config: ConfigDict, bank: mmd.Bank) -> dict[str, mmd.Space]:
     return spaces
 
 
-def grid(text: str) -> str | tuple[float, ...]:
-    """A grid's name, or its times out of a list such as "1,0.6,0".
-
-    Raises:
-        UserError: neither.
-    """
-    if "," not in text:
-        return text
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError as error:
-        raise UserError(f"grid: {text!r}; expected a name or times such as 1,0.6,0") from error
-
-
 def grid_times(config: ConfigDict, model: Any) -> np.ndarray:
     """The falling times of the config's N steps."""
     options = config.mmd
-    times = make_grid(grid(options.grid), options.num_steps, t_max=model.t_max)
+    times = make_grid(build.grid(options.grid), options.num_steps, t_max=model.t_max)
     if len(times) != options.num_steps + 1:
         raise UserError(
             f"--config.mmd.grid={options.grid}: {len(times) - 1} steps; expected "
