@@ -18,7 +18,7 @@ from etils import epath
 from benchmarks.figures import RESULTS, record
 from configs import imagenet
 from lfm_jax import aot
-from lfm_jax.jobs import build, compile
+from lfm_jax.jobs import build, compile, programs
 from lfm_jax.workdir import Workdir
 
 BATCH_A_CHIP = 16
@@ -33,7 +33,7 @@ def measured(topology: str, *, fsdp: int = 1, remat: str = "none") -> dict:
     devices = aot.topology_devices(topology)
     config.train.batch_size = BATCH_A_CHIP * len(devices)
     mesh = build.mesh(config, devices)
-    step = compile.train_step(config, Workdir(epath.Path("unused")), mesh)
+    step = programs.train_step(config, Workdir(epath.Path("unused")), mesh)
     figures = compile.measure(step, devices)
     figures |= {"topology": topology, "fsdp": fsdp, "remat": remat}
     print(json.dumps(figures), flush=True)

@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh
 from configs import digits, imagenet
 from lfm_jax import aot, sharding
 from lfm_jax.errors import UserError
-from lfm_jax.jobs import build, compile
+from lfm_jax.jobs import build, compile, programs
 from lfm_jax.workdir import Workdir
 
 libtpu = pytest.mark.skipif(
@@ -132,6 +132,17 @@ def test_a_batch_that_does_not_divide_the_slice_is_named():
 
 @libtpu
 @pytest.mark.slow
+def test_an_mmd_step_differentiates_through_its_solve():
+    plan = _plan(mmd__num_steps=2)
+    plan.loss = "mmd"
+    figures = compile.run(plan, NOWHERE)
+    flow = compile.run(_plan(), NOWHERE)
+    assert figures["fits"] and figures["parameters"] == flow["parameters"]
+    assert 2 <= figures["flops"] / flow["flops"] <= 4  # 7 forward passes over 3
+
+
+@libtpu
+@pytest.mark.slow
 def test_a_sample_step_for_four_chips_sends_nothing():
     figures = compile.run(_plan(compile__step="sample"), NOWHERE)
     assert figures["fits"] and figures["collectives"] == {}
@@ -168,9 +179,9 @@ def test_the_first_knob_is_the_one_that_helps():
 
 def test_published_autoencoders_are_planned_by_name_alone():
     config = imagenet.get_config("XL/2")
-    codec = compile.abstract_codec(config)
+    codec = programs.abstract_codec(config)
     assert build.latent_shape(config, codec) == (32, 32, 4)
     assert sum(leaf.size for leaf in jax.tree.leaves(codec.params)) == 83_653_863
     config.autoencoder.weights = "black-forest-labs/FLUX.1-schnell"
-    assert compile.abstract_codec(config).latent_channels == 16
-    assert compile.abstract_codec(digits.get_config()).latent_channels == 4
+    assert programs.abstract_codec(config).latent_channels == 16
+    assert programs.abstract_codec(digits.get_config()).latent_channels == 4

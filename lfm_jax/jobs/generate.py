@@ -70,11 +70,11 @@ class Generator:
         """
         section = config.sample
         _check_solver(section)
-        codec = build.codec(config, workdir)
+        codec = codec or build.codec(config, workdir)
         return cls(
             model=build.network(config),
             codec=codec,
-            mesh=build.mesh(config),
+            mesh=mesh or build.mesh(config),
             latent_shape=build.latent_shape(config, codec),
             num_classes=config.data.num_classes,
             seed=section.seed,
