@@ -15,13 +15,13 @@ from lfm_jax.optim import adamw
 from lfm_jax.state import create_state, make_step
 from lfm_jax.vae import AutoencoderKL, autoencoder_loss
 
-BATCH, STEPS, SHAPE = 16, 20, (4, 4, 4)
+BATCH, STEPS, SHAPE = 8, 20, (4, 4, 4)
 KEY = jax.random.key(0)
 MODEL = create_model("DiT", hidden=64, depth=2, heads=4, patch=1, num_classes=3)
 AUTOENCODER = AutoencoderKL(
     in_channels=1,
     out_channels=1,
-    block_out_channels=(32, 64),
+    block_out_channels=(16, 32),
     layers_per_block=1,
     norm_groups=8,
 )
@@ -71,35 +71,49 @@ def flat(tree):
     return np.concatenate([np.asarray(x).ravel() for x in jax.tree.leaves(tree)])
 
 
-def main(out, *meshes):
+def moments(state):
+    """Adam's first moments: after one update a tenth of the (clipped) gradient."""
+    return next(
+        part.mu for part in jax.tree.leaves(state.opt_state, is_leaf=_has_mu) if _has_mu(part)
+    )
+
+
+def _has_mu(part):
+    return hasattr(part, "mu")
+
+
+def main(out, *wanted):
+    """`wanted`: objective and mesh, as in "flow:2,4,1"."""
     arrays, facts = {}, {}
-    for name, build in (("flow", flow), ("autoencoder", autoencoder), ("mmd", finetuning)):
-        init, loss = build()
-        for text in meshes:
-            sizes = tuple(int(part) for part in text.split(","))
-            count = int(np.prod(sizes))
-            mesh = sharding.make_mesh(*sizes, devices=jax.devices()[:count])
-            placement = sharding.batch_sharding(mesh)
-            tx = adamw(lambda step: 1e-3, grad_clip=1.0)
-            state = create_state(init, tx, mesh, ema=True)
-            placed = jax.tree.map(lambda x: x.sharding, state)
-            first = jax.device_put(batch(0), placement)
-            gradient = jax.jit(jax.grad(lambda p, b, f=loss: f(p, b, KEY)[0]))
-            # A fresh network answers 0: without this nothing but its last layer has a gradient.
-            moved = jax.tree.map(lambda x: x + 0.02 * jnp.cos(jnp.arange(x.size)).reshape(x.shape),
-                                 state.params)  # fmt: skip
-            state = state.replace(params=jax.device_put(moved, placed.params))
-            arrays[f"{name} {text} gradient"] = flat(gradient(state.params, first))
-            step = make_step(loss, tx, KEY, ema_decay=0.9, like=state)
-            losses = []
-            for i in range(STEPS):
-                state, metrics = step(state, jax.device_put(batch(i), placement))
-                losses.append(float(metrics["loss"]))
-            arrays[f"{name} {text} losses"] = np.array(losses)
-            arrays[f"{name} {text} params"] = flat(state.params)
-            kept = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, placed)
-            held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state))
-            facts[f"{name} {text}"] = {"kept": all(jax.tree.leaves(kept)), "bytes": held}
+    builders = {"flow": flow, "autoencoder": autoencoder, "mmd": finetuning}
+    for name, text in (case.split(":") for case in wanted):
+        init, loss = builders[name]()
+        sizes = tuple(int(part) for part in text.split(","))
+        mesh = sharding.make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
+        placement = sharding.batch_sharding(mesh)
+        tx = adamw(lambda step: 1e-3, grad_clip=1.0)
+        state = create_state(init, tx, mesh, ema=True)
+        placed = jax.tree.map(lambda x: x.sharding, state)
+        # A fresh network answers 0: without this nothing but its last layer has a gradient.
+        moved = jax.tree.map(
+            lambda x: (
+                np.asarray(x) + 0.02 * np.cos(np.arange(x.size, dtype=np.float32)).reshape(x.shape)
+            ),
+            state.params,
+        )
+        state = state.replace(params=jax.device_put(moved, placed.params))
+        step = make_step(loss, tx, KEY, ema_decay=0.9, like=state)
+        losses = []
+        for i in range(STEPS):
+            state, metrics = step(state, jax.device_put(batch(i), placement))
+            losses.append(float(metrics["loss"]))
+            if i == 0:
+                arrays[f"{name}:{text} gradient"] = flat(moments(state))
+        arrays[f"{name}:{text} losses"] = np.array(losses)
+        arrays[f"{name}:{text} params"] = flat(state.params)
+        kept = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, placed)
+        held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state))
+        facts[f"{name}:{text}"] = {"kept": all(jax.tree.leaves(kept)), "bytes": held}
     np.savez(pathlib.Path(out) / "arrays.npz", **arrays)
     (pathlib.Path(out) / "facts.json").write_text(json.dumps(facts))
 
