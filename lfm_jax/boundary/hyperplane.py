@@ -176,7 +176,7 @@ def cross_validated(
     """Mean ``auc`` and ``accuracy`` over stratified folds at `cost` (None: the best one)."""
     from sklearn.model_selection import StratifiedKFold
 
-    if cost is None:
+    if cost is None and method != "mean":
         cost = fit(states, labels, method=method, folds=folds, seed=seed).cost
     positive = check_sides(labels)
     splits = StratifiedKFold(folds, shuffle=True, random_state=seed)

@@ -1,7 +1,7 @@
 """Move images across the boundary of an attribute: fit, cross once, go on sampling. No training.
 
 Everything that is chosen (the boundary, the mixing time, the strength) is chosen on training images
-before an image to edit is read. Writes ``DIR/edit/``: ``boundary_<n>_<space>.npz`` of each
+alone. Writes ``DIR/edit/``: ``boundary_<n>_<space>.npz`` of each
 attribute, ``mixing.json`` and ``mixing.png``, ``edited.npz``, ``strips.png``, ``grid.png``.
 """
 
@@ -65,7 +65,8 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     parts = way.space.parts(editor)
     folder = workdir.root / "edit"
 
-    # ---- images to fit with and to choose with; none of those to edit
+    # ---- images: to edit (read first, so that a mistake shows first), to fit with, to choose with
+    target = targets(config, editor, judges[0])
     train = build.images(config, "train")
     sets = split_sides(
         judges[0], train, count=section.num_fit, held_out=section.num_validation, seed=section.seed
@@ -86,7 +87,7 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
         expected = {**{k: provenance[k] for k in ("model", "codec")}, **place(way.space, parts[0])}
         if section.time is not None:
             expected["t"] = float(section.time)
-        if len(parts) > 1 or len(judges) > 1:
+        if len(parts) > 1 or section.also:
             raise UserError(
                 f"--config.edit.boundary={section.boundary}: one boundary of one space; expected "
                 "edit.space z or h, and no edit.also"
@@ -156,8 +157,7 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     curve = edit_curve(editor, way, boundaries, judges[0], validation, there, t, magnitudes(config))
     chosen = smallest_strength(curve, FLIP_LEVEL)
 
-    # ---- the images to edit
-    target = targets(config, editor, judges[0])
+    # ---- the edits
     begin = time.perf_counter()
     states = editor.invert(target.latents, t)
     strengths = [float(s) for s in section.strengths]
