@@ -73,14 +73,13 @@ def ours(size: str, scan: bool) -> tuple[Callable, Callable]:
     forward = jax.jit(lambda p, x, t, y: model.apply({"params": p}, x, t, Cond(label=y)))
     optimizer = optax.adamw(1e-4)
     step = train_step(model, optimizer)
-    kept = jax.tree.map(jnp.copy, params)
     state = [params, optimizer.init(params)]
 
     def run_step():
         *state[:], loss = step(*state, *arrays)
         jax.block_until_ready((state, loss))
 
-    return lambda: jax.block_until_ready(forward(kept, *arrays[:3])), run_step
+    return lambda: jax.block_until_ready(forward(state[0], *arrays[:3])), run_step
 
 
 def pytorch(size: str, kind: str) -> tuple[Callable, Callable]:
@@ -136,33 +135,43 @@ def speed(sizes: list[str], repeats: int, clock: str, command: str) -> None:
     now = time.perf_counter if clock == "wall" else time.process_time
     how = "wall time" if clock == "wall" else "CPU time on one core, machine shared"
     for size in sizes:
-        columns = {
-            "ours": ours(size, scan=False),
-            "scanned": ours(size, scan=True),
-            "torch": pytorch(size, "compact"),
-            "diffusers": pytorch(size, "diffusers"),
-        }
-        times: dict[str, list[list[float]]] = {name: [[], []] for name in columns}
-        for turn in range(repeats + 1):
-            for name, calls in columns.items():
-                for i, call in enumerate(calls):
-                    start = now()
-                    call()
-                    if turn:  # the first compiles and warms up
-                        times[name][i].append(now() - start)
-        for i, what in enumerate(("forward", "train step")):
-            medians = {name: statistics.median(t[i]) for name, t in times.items()}
-            print(f"DiT-{size}/2 {what}:", {k: f"{1e3 * v:.0f} ms" for k, v in medians.items()})
-            for name, their in (("compact PyTorch DiT", "torch"), ("diffusers DiT", "diffusers")):
-                pairs = zip(times["ours"][i], times[their][i], strict=True)
+        # One opponent after the other: four training states of B/2 would be 10 GB.
+        for name, kind in (("compact PyTorch DiT", "compact"), ("diffusers DiT", "diffusers")):
+            columns = {
+                "ours": ours(size, scan=False),
+                "scanned": ours(size, scan=True),
+                "theirs": pytorch(size, kind),
+            }
+            times = take_turns(columns, repeats, now)
+            del columns
+            for i, what in enumerate(("forward", "train step")):
+                medians = {side: statistics.median(t[i]) for side, t in times.items()}
+                shown = {side: f"{1e3 * value:.0f} ms" for side, value in medians.items()}
+                pairs = zip(times["ours"][i], times["theirs"][i], strict=True)
                 ratio = statistics.median(a / b for a, b in pairs)
-                asked = ("<=", 1.0) if their == "torch" else ("report", None)
+                asked = ("<=", 1.0) if kind == "compact" else ("report", None)
                 note = (
                     f"batch {BATCH[size]}, 32x32x4 latents, fp32, {how}, {repeats} turns; "
-                    f"scanned blocks: {medians['scanned'] / medians[their]:.2f}"
+                    f"{shown['ours']} and {shown['theirs']}; "
+                    f"scanned blocks: {medians['scanned'] / medians['theirs']:.2f}"
                 )
                 record("backbones", f"DiT-{size}/2 {what} / {name}", ratio, *asked, command, note)
-                print(f"  / {name}: {ratio:.3f}")
+                print(f"DiT-{size}/2 {what} / {name}: {ratio:.3f}", shown, flush=True)
+
+
+def take_turns(
+    columns: dict[str, tuple[Callable, Callable]], repeats: int, now: Callable[[], float]
+) -> dict[str, list[list[float]]]:
+    """Seconds of each side's calls, a list a call; the sides alternate."""
+    times: dict[str, list[list[float]]] = {name: [[], []] for name in columns}
+    for turn in range(repeats + 1):
+        for name, calls in columns.items():
+            for i, call in enumerate(calls):
+                start = now()
+                call()
+                if turn:  # the first compiles and warms up
+                    times[name][i].append(now() - start)
+    return times
 
 
 def compile_time(command: str) -> None:

@@ -49,7 +49,7 @@ def default_config() -> ConfigDict:
     config.autoencoder.sha256 = placeholder(str)  # checksum that the weights must have
     config.autoencoder.preview = placeholder(str)  # TAESD: decodes the previews of training
     config.autoencoder.decode_dtype = "float32"  # activations of the decoder: float32 | bfloat16
-    config.autoencoder.decode_slice = 0  # images a device decodes at a time; 0: whole batches
+    config.autoencoder.decode_slice = 0  # images a device decodes at a time; 0: by backend
     config.autoencoder.block_out_channels = (32, 64)  # one downsampling by 2 between two entries
     config.autoencoder.layers_per_block = 1  # residual blocks a level; the SD VAE has 2
     config.autoencoder.latent_channels = 4  # SD 4, SD3/FLUX 16

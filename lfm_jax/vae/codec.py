@@ -24,7 +24,9 @@ from lfm_jax.vae.autoencoder import (
     check_images,
     check_latents,
 )
-from lfm_jax.vae.slicing import decode_sliced
+from lfm_jax.vae.slicing import decode_sliced, encode_sliced
+
+_CACHE_BYTES = 1 << 25
 
 
 @flax.struct.dataclass
@@ -39,7 +41,7 @@ class Codec:
         channels: channels of the pixels, read by the identity only.
         decode_dtype: of the decoder's activations; encoding stays in the module's own.
         slice_size: images that are decoded at a time, so that a large batch needs the memory of a
-            small one; 0 decodes the batch at once.
+            small one; 0 decides by the backend, as encoding does (`images_at_a_time`).
     """
 
     params: Any
@@ -81,7 +83,8 @@ class Codec:
             check_images(images.shape, factor=1, channels=self.channels)
             mean = jnp.asarray(images, jnp.float32)
             return DiagonalGaussian(mean=mean, logvar=jnp.full_like(mean, LOGVAR_MIN)).moments
-        return self.model.apply({"params": self.params}, images, method="encode").moments
+        size = images_at_a_time(self.model, images.shape)
+        return encode_sliced(self.model, self.params, images, slice_size=size).moments
 
     def decode(self, z: Float[AnyArray, "b h w c"]) -> Float[Array, "b i j d"]:
         """Scaled latents to images, about [-1, 1] and not clipped, float32."""
@@ -92,7 +95,22 @@ class Codec:
         model = self.model
         if self.decode_dtype != "float32":
             model = model.clone(dtype=jnp.dtype(self.decode_dtype))
-        return decode_sliced(model, self.params, z, slice_size=self.slice_size or len(z))
+        b, h, w, _ = z.shape
+        size = images_at_a_time(model, (b, h * self.factor, w * self.factor, 0))
+        return decode_sliced(model, self.params, z, slice_size=self.slice_size or size)
+
+
+def images_at_a_time(model: nn.Module, shape: tuple[int, ...]) -> int:
+    """How many images of a batch ``[b, h, w, c]`` are coded together where nobody says.
+
+    All of them; on a CPU as few as keep their widest feature map in the cache (the SD VAE at
+    256x256: one), which is faster there.
+    """
+    b, h, w, _ = shape
+    if jax.default_backend() != "cpu":
+        return b
+    width = getattr(model, "block_out_channels", (64,))[0]
+    return min(b, max(1, _CACHE_BYTES // (4 * width * h * w)) * jax.device_count())
 
 
 def make_codec(
