@@ -99,7 +99,7 @@ def inpaint(config: ConfigDict, run: Path, base: Path | None, count: int, comman
     def add(name: str, value: Any, op: str, bound: Any, note: str = "") -> None:
         record("conditions", f"inpainting: {name}", value, op, bound, command, note)
 
-    setting = f"{count} held-out test images, {_solver(config)}, no guidance"
+    setting = f"{count} held-out test images, {_solver(config, workdir)}, no guidance"
     for kind in MASKS:
         trained, mean = by[kind, "trained"], by[kind, "class mean"]
         gain = trained["psnr_hole"] - mean["psnr_hole"]
@@ -224,8 +224,8 @@ def semantic(config: ConfigDict, run: Path, base: Path | None, count: int, comma
         "unrelated real maps": iou(maps, maps[other]),
     }
     setting = (
-        f"{count} held-out test images, {_solver(config)}, no guidance; mIoU of background, "
-        "garment and edge over all pixels"
+        f"{count} held-out test images, {_solver(config, workdir)}, no guidance; mIoU of "
+        "background, garment and edge over all pixels"
     )
     print(json.dumps(values))
 
@@ -293,8 +293,8 @@ def layout(config: ConfigDict, run: Path, base: Path | None, count: int, command
     rows += [{"by": name} | _boxes(reader, images, told) for name, images in pictures.items()]
     chosen, real, rebuilt = rows[1], rows[-2], rows[-1]
     setting = (
-        f"{rows[1]['boxes']} boxes on {count} held-out layouts, {_solver(config)}, guidance "
-        f"{config.sample.condition_guidance:g}; a classifier of crops that reads "
+        f"{rows[1]['boxes']} boxes on {count} held-out layouts, {_solver(config, workdir)}, "
+        f"guidance {config.sample.condition_guidance:g}; a classifier of crops that reads "
         f"{100 * accuracy:.1f} % of held-out real digits"
     )
 
@@ -335,8 +335,12 @@ def _opened(config: ConfigDict, run: Path) -> tuple[Workdir, Look, Any]:
     return workdir, Look(extractor=extractor), params
 
 
-def _solver(config: ConfigDict) -> str:
-    return f"{config.sample.solver} {config.sample.num_steps} steps"
+def _solver(config: ConfigDict, workdir: Workdir) -> str:
+    """What a reader must know of the network and of how it was sampled."""
+    trained = checkpoints.latest_step(workdir.checkpoints)
+    return (
+        f"{trained} training steps, sampled by {config.sample.solver} in {config.sample.num_steps}"
+    )
 
 
 def _config(name: str, run: Path) -> ConfigDict:
