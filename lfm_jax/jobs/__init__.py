@@ -5,6 +5,7 @@ A job module has ``inputs(config, workdir) -> dict``, everything its result depe
 disk so that a killed run goes on, ``clean(config, workdir)`` removes once the result is written.
 """
 
+import copy
 import importlib
 from typing import Any
 
@@ -48,6 +49,7 @@ def run_job(name: str, config: ConfigDict, workdir: str) -> dict[str, Any]:
     origin = importlib.import_module("lfm_jax.jobs.origin")
     with preemption.stops_at_once(name), held(folder, name):
         claim(folder, config)
+        config = copy.deepcopy(config)  # the caller's own stays as it is
         origin.adopt(config, folder)
         return finish(job, name, config, folder, job.run(config, folder))
 

@@ -33,12 +33,12 @@ def windows(side: int, tile: int, halo: int) -> Iterator[tuple[slice, slice]]:
         yield slice(start, start + width), slice(low, high)
 
 
-def scaled(part: slice, scale: float, origin: int = 0) -> slice:
+def scaled(part: slice, scale: float | int, origin: int = 0) -> slice:
     """Where a part of the input lies in the output, counted from the input's `origin`."""
     return slice(int((part.start - origin) * scale), int((part.stop - origin) * scale))
 
 
-def owned(kept: slice, window: slice, scale: float) -> np.ndarray:
+def owned(kept: slice, window: slice, scale: float | int) -> np.ndarray:
     """1 where a window's output is kept, 0 in its halo."""
     mask = np.zeros(int((window.stop - window.start) * scale), np.float32)
     mask[scaled(kept, scale, window.start)] = 1
@@ -52,7 +52,7 @@ def sweep(
     channels: int,
     groups: int,
     tile: int,
-    scale: float = 1,
+    scale: float | int = 1,
     halo: int = 1,
 ) -> tuple[np.ndarray, Statistics | None]:
     """Apply one 3x3 convolution's worth of network to whole maps, and sum up its statistics.
