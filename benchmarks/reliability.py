@@ -168,7 +168,11 @@ def record(state: State, flags: argparse.Namespace) -> None:
     """The counts as figures, and all of them by kind beside."""
     from benchmarks import figures
 
-    counts = state.counts
+    counts = {}
+    for folder in (flags.folder, *flags.also):  # one a machine, or one a part
+        for part, entries in State(folder).counts.items():
+            if part != "problems":
+                counts.setdefault(part, {}).update(entries)
     command = "python -m benchmarks.reliability {} --folder /tmp/reliability"
     faults = {
         f"{name} of {job}": (entry["signals"], entry["lost"])
@@ -247,6 +251,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("part", choices=list(parts))
     parser.add_argument("--folder", type=Path, required=True, help="runs, programs and counts")
+    parser.add_argument("--also", type=Path, nargs="*", default=[], help="more such, to record")
     parser.add_argument("--kills", type=int, default=35, help="at least this many a job")
     parser.add_argument("--jobs", default="", help="of the kill matrix; default all")
     parser.add_argument("--examples", type=int, default=10_000, help="malformed inputs a reader")

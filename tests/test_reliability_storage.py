@@ -13,6 +13,7 @@ import optax
 import pytest
 
 from lfm_jax import checkpoints, sharding
+from lfm_jax.data import CacheWriter, open_cache
 from lfm_jax.errors import Failed, UserError
 from lfm_jax.state import create_state
 
@@ -155,6 +156,40 @@ def test_retention_keeps_the_latest_every_nth_and_the_best(tmp_path):
                 state = {"a": jnp.ones(3)}
                 checkpoints.save(manager, step, state, data={}, config={}, metrics=metrics)
     assert sorted(int(p.name) for p in tmp_path.iterdir()) == [2, 4, 5, 8, 9]
+
+
+def test_encoding_again_mends_what_was_damaged(tmp_path):
+    """A flipped shard, a missing one, a damaged description, a damaged record of what was done."""
+
+    def writer():
+        return CacheWriter(
+            tmp_path / "train",
+            num_examples=8,
+            shard_size=2,
+            latent_shape=(2, 2, 1),
+            metadata={"encoder": "e", "scale": 1.0, "shift": 0.0, "image_size": 8},
+        )
+
+    def write(shards):
+        for shard in shards:
+            rows = [{"moments": np.full((2, 2, 2), i)} for i in writer().shard_range(shard)]
+            writer().write_shard(shard, rows)
+        return writer().finish()
+
+    whole = write(writer().missing_shards())
+    shards = sorted((tmp_path / "train").glob("*array_record*"))
+    flip(shards[0], shards[0].read_bytes().index(b"moments"))
+    shards[1].unlink()
+    flip(tmp_path / "train/metadata.json", 50)
+    part = tmp_path / "train/parts/00002.json"
+    part.write_text(part.read_text().replace('"count": 2', '"count": 3'))
+    with pytest.raises(UserError, match="damaged"):
+        open_cache(tmp_path / "train")
+    missing = writer().missing_shards(verify=True)
+    assert missing == [0, 1, 2]
+    mended = write(missing)
+    assert mended.fingerprint == whole.fingerprint
+    np.testing.assert_array_equal(mended.read(range(8))["moments"][7], np.full((2, 2, 2), 7))
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import socket
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -29,6 +30,7 @@ from lfm_jax.data.latents import (
     encode_record,
     features_to_json,
     file_sha256,
+    is_sealed,
     local_folder,
     open_cache,
     open_reader,
@@ -124,9 +126,27 @@ class CacheWriter:
         start = shard * self.shard_size
         return range(start, min(start + self.shard_size, self.num_examples))
 
-    def missing_shards(self) -> list[int]:
-        """Shards that are not (wholly) there yet, in order."""
-        return [shard for shard in range(self.num_shards) if self._part(shard) is None]
+    def missing_shards(self, *, verify: bool = False) -> list[int]:
+        """Shards that are not (wholly) there yet, in order.
+
+        Args:
+            verify: count those whose checksum differs among them: writing them again mends them.
+        """
+
+        def whole(shard: int) -> bool:
+            part = self._part(shard)
+            if part is None or not verify:
+                return part is not None
+            return file_sha256(self.folder / part["file"]) == part["sha256"]
+
+        return [shard for shard in range(self.num_shards) if not whole(shard)]
+
+    def remove_leftovers(self) -> None:
+        """Remove what killed writers have left half written; while nobody writes."""
+        for path in (*self.folder.glob(".*.tmp"), *(self.folder / _PARTS).glob(".*.tmp")):
+            path.unlink(missing_ok=True)
+        for path in self.folder.glob(".info-*"):
+            shutil.rmtree(path, ignore_errors=True)
 
     def write_shard(self, shard: int, examples: Iterable[Mapping[str, Any]]) -> None:
         """Write one shard; it appears only when all of it is on disk.
@@ -168,7 +188,7 @@ class CacheWriter:
                 "sha256": file_sha256(temporary),
                 "totals": totals.to_json(),
             }
-        _write_json(self._part_path(shard), {"plan": self._plan_hash(), **part})
+        _write_json(self._part_path(shard), seal({"plan": self._plan_hash(), **part}))
 
     def finish(self) -> LatentCache:
         """Add the shards up, write the description, open the cache.
@@ -176,28 +196,36 @@ class CacheWriter:
         Raises:
             UserError: a shard is missing or not what was written.
         """
-        if not (self.folder / METADATA).exists():
-            parts = [self._part(shard) for shard in range(self.num_shards)]
-            absent = [shard for shard, part in enumerate(parts) if part is None]
-            if absent:
-                raise UserError(
-                    f"latent cache {self.folder}: {len(absent)} of {self.num_shards} shards are "
-                    f"missing, the first is {absent[0]}; run --job=encode again"
-                )
+        parts = [self._part(shard) for shard in range(self.num_shards)]
+        absent = [shard for shard, part in enumerate(parts) if part is None]
+        if absent:
+            raise UserError(
+                f"latent cache {self.folder}: {len(absent)} of {self.num_shards} shards are "
+                f"missing, the first is {absent[0]}; run --job=encode again"
+            )
+        totals = _Totals(self._channels)
+        for part in parts:
+            totals.merge(part["totals"])
+        shards = [
+            {key: part[key] for key in ("file", "count", "bytes", "sha256")} for part in parts
+        ]
+        description = {**self._plan, "split": self._split, **totals.summary(), "shards": shards}
+        if not self._described_as(description):
             for part in parts:
                 path = self.folder / part["file"]
                 if open_reader(path).num_records() != part["count"]:
                     raise UserError(f"{path}: expected {part['count']} records; remove it")
-            totals = _Totals(self._channels)
-            for part in parts:
-                totals.merge(part["totals"])
             self._write_tfds_info(parts)
-            shards = [
-                {key: part[key] for key in ("file", "count", "bytes", "sha256")} for part in parts
-            ]
-            description = {**self._plan, "split": self._split, **totals.summary(), "shards": shards}
             _write_json(self.folder / METADATA, seal(description))
         return open_cache(self.folder)
+
+    def _described_as(self, description: dict[str, Any]) -> bool:
+        """Whether the folder's description is this one, and whole."""
+        try:
+            found = json.loads((self.folder / METADATA).read_text())
+            return seal(found) == seal(json.loads(json.dumps(description)))
+        except (OSError, ValueError, AttributeError):
+            return False
 
     # ---- what is on disk
 
@@ -231,7 +259,8 @@ class CacheWriter:
             part = json.loads(self._part_path(shard).read_text())
             size = (self.folder / self._file(shard)).stat().st_size
             done = part["plan"] == self._plan_hash() and part["bytes"] == size
-        except (OSError, ValueError, KeyError, TypeError):
+            done &= is_sealed(part)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
         return part if done else None
 

@@ -151,7 +151,8 @@ def import_latents(
             "origin": store.origin,
         },
     )
-    missing = writer.missing_shards()
+    writer.remove_leftovers()
+    missing = writer.missing_shards(verify=True)
     total = sum(len(writer.shard_range(shard)) for shard in missing)
     with tqdm(total=total, desc=f"import {kind}", unit="latent") as bar:
         for shard in missing:

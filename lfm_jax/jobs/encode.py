@@ -101,7 +101,11 @@ def _encode_split(config: ConfigDict, workdir: Workdir, split: str, codec: Codec
             **conditions.cached_inputs(config),
         },
     )
-    missing = _agreed(writer.missing_shards(), writer.num_shards)
+    if sharding.is_main_process():
+        writer.remove_leftovers()
+    # What has been damaged since is made again.
+    missing = writer.missing_shards(verify=sharding.is_main_process())
+    missing = _agreed(missing, writer.num_shards)
     mine = missing[jax.process_index() :: jax.process_count()]
     ranges = [writer.shard_range(shard) for shard in mine]
     total = sum(len(indices) for indices in ranges)

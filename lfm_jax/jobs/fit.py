@@ -170,6 +170,9 @@ def fit(
                         writer.write(step, values)
                         bar.set_postfix(loss=f"{values['loss']:.4f}", img_s=f"{rate:.0f}")
                         bar.update(step - bar.n)
+                # Before the save: a run that is killed between the two watches again, not never.
+                if watch and watch_every and (step % watch_every == 0 or step == steps):
+                    watch(state, step)
                 if saves:
                     save(step, force=step == steps or stops)
                 if stops:
@@ -178,8 +181,6 @@ def fit(
                     raise Preempted(f"{name}: saved step {step}; run the same command to go on")
                 if preview and preview_every and step % preview_every == 0:
                     preview(state, step)
-                if watch and watch_every and (step % watch_every == 0 or step == steps):
-                    watch(state, step)
                 if logs_now:
                     timed, waited, since = 0, 0.0, time.perf_counter()
                     times.pause()
