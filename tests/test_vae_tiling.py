@@ -133,7 +133,7 @@ def test_slices_equal_the_whole(plain):
     np.testing.assert_allclose(decoded, whole, atol=1e-4)
     half = codec.replace(decode_dtype="bfloat16")
     rough = jax.jit(lambda codec, z: codec.decode(z))(half, z * codec.scale)
-    assert rough.dtype == jnp.float32 and 1e-4 < worst(rough, np.asarray(whole)) < 0.1
+    assert rough.dtype == jnp.float32 and 1e-4 < worst(rough, np.asarray(whole)) < 0.2
     images = jnp.clip(whole, -1, 1)
     encode = jax.jit(lambda p, x: vae.encode_sliced(model, p, x, slice_size=3))
     posterior = encode(params, images)

@@ -49,7 +49,9 @@ class Judge:
     belongs: Callable[[Images], np.ndarray] = lambda images: np.ones(len(images), bool)
 
 
-def class_judge(attribute: Attribute, class_names: Sequence[str], extractor: Extractor) -> Judge:
+def class_judge(
+    attribute: Attribute, class_names: Sequence[str], extractor: Extractor | None
+) -> Judge:
     """Of a ``pair`` or ``class`` attribute, by a classifier of the data set's classes.
 
     The score of a pair is the difference of the two logits; of one class its log odds.

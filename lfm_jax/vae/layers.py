@@ -13,6 +13,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 # Queries are attended in chunks above this count: at 2048 px the whole score matrix is 17 GB.
@@ -25,8 +26,8 @@ NONE = ((0, 0), (0, 0))
 
 def convolve(
     x: Float[Array, "b h w c"],
-    kernel: Float[Array, "kh kw c d"],
-    bias: Float[Array, " d"] | None = None,
+    kernel: Float[Array | np.ndarray, "kh kw c d"],
+    bias: Float[Array | np.ndarray, " d"] | None = None,
     *,
     stride: int = 1,
     padding: Sequence[tuple[int, int]] = SAME,
