@@ -32,6 +32,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.model.name = "unet_context"
     config.model.context_dim = 512
     config.model.mult = (1, 2, 3, 4)
+    config.model.attention_reading = "factor"  # as the published code reads 16, 8, 4
 
     config.train.steps = 400_000
     config.train.batch_size = 32

@@ -97,14 +97,15 @@ def input_sizes(condition: Condition, latent_shape: tuple[int, int, int]) -> dic
         }
         picked, keep, module = condition.first(zeros), jnp.ones(1, bool), condition.encoder()
         params = {} if module is None else module.init(jax.random.key(0), picked, keep)["params"]
-        return condition.apply(params, picked, keep)
+        cond = condition.apply(params, picked, keep)
+        return cond.spatial, cond.tokens
 
-    cond = jax.eval_shape(example)
+    spatial, tokens = jax.eval_shape(example)
     sizes: dict[str, Any] = {}
-    if cond.spatial is not None:
-        sizes["in_channels"] = latent_shape[2] + cond.spatial.shape[-1]
-    if cond.tokens is not None:
-        sizes["tokens"] = cond.tokens.shape[1:]
+    if spatial is not None:
+        sizes["in_channels"] = latent_shape[2] + spatial.shape[-1]
+    if tokens is not None:
+        sizes["tokens"] = tokens.shape[1:]
     return sizes
 
 
