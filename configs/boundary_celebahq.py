@@ -10,7 +10,7 @@ its U-Net use `:adm` here too). `:text` takes sides from CLIP in place of a tabl
 (`--config.edit.clip=FOLDER`).
 
 Hardware: one GPU. Expected time, from about 300 network evaluations for each of 2,500 images: a few
-minutes on one H200. Not measured here.
+minutes on one H200. Expected figure: none is published for flows, and it is not measured here.
 """
 
 from ml_collections import ConfigDict

@@ -121,8 +121,8 @@ def test_images_come_from_files_indices_and_samples(release, tmp_path):
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8), np.uint8)).save(image)
     for images, count in ((str(image), 1), (str(tmp_path), 1), ("test:3,17", 2), ("sampled", 6)):
         config = small_config(release, images=images, time=0.5)
-        judges = editing.make_judges(config, Workdir(tmp_path))
-        editor = editing.make_editor(config, Workdir(tmp_path))
+        judges = editing.make_judges(config, Workdir(epath.Path(tmp_path)))
+        editor = editing.make_editor(config, Workdir(epath.Path(tmp_path)))
         target = editing.targets(config, editor, judges[0])
         assert len(target) == count and set(target.sides.tolist()) <= {-1, 1}
 

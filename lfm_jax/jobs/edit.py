@@ -52,7 +52,8 @@ FLIP_LEVEL = 0.85  # of the validation images: what the chosen strength must fli
 
 def inputs(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     sections = build.section(config, "data", "model", "autoencoder", "edit")
-    del sections["data"]["path"], sections["edit"]["batch_size"]
+    sections["data"].pop("path", None)
+    del sections["edit"]["batch_size"]
     params = origin.initial_params(str(base(config, workdir).root))
     return {"checkpoint": checkpoints.fingerprint(params), **sections}
 
