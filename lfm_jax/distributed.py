@@ -15,6 +15,7 @@ within `LOST_AFTER` seconds (a process that cannot find the others: within `CONN
 import json
 import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -51,21 +52,31 @@ def initialize() -> None:
     options = _from_environment(dict(os.environ))
     if options is None:
         return
+    limit = _seconds("LFM_CONNECT_WITHIN", CONNECT_WITHIN)
     options |= {
-        "initialization_timeout": _seconds("LFM_CONNECT_WITHIN", CONNECT_WITHIN),
+        "initialization_timeout": limit + 30,
         "heartbeat_timeout_seconds": _seconds("LFM_LOST_AFTER", LOST_AFTER),
         "shutdown_timeout_seconds": _seconds("LFM_LOST_AFTER", LOST_AFTER),
     }
     # On a processor alone the collectives are gloo's; elsewhere the setting is not looked at.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    address = options.get("coordinator_address", "the cluster's coordinator")
+    line = f"{address} did not bring the processes of this run together within {limit} s"
+    # The runtime's own limit ends in an abort; this one comes before it.
+    timer = threading.Timer(limit, _give_up, (line,))
+    timer.daemon = True
+    timer.start()
     try:
         jax.distributed.initialize(**options)
     except (RuntimeError, ValueError) as error:
-        address = options.get("coordinator_address", "the cluster's coordinator")
-        raise _Apart(
-            f"{address} did not bring the processes of this run together within "
-            f"{options['initialization_timeout']} s: {str(error).splitlines()[0][:200]}"
-        ) from error
+        raise _Apart(f"{line}: {str(error).splitlines()[0][:200]}") from error
+    finally:
+        timer.cancel()
+
+
+def _give_up(line: str) -> None:
+    print(f"lfm_jax: {line}", file=sys.stderr, flush=True)
+    os._exit(errors.FAILED)
 
 
 def _from_environment(env: dict[str, str]) -> dict[str, Any] | None:
