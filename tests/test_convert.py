@@ -177,7 +177,11 @@ def expected_latents(family, file, config):
     return np.asarray(sample(velocity, noise, solver="euler", num_steps=2)[0])
 
 
-@pytest.mark.parametrize("family", CASES)
+@pytest.mark.parametrize(
+    "family",
+    # One transformer and one U-Net here; the others go the same way, some 40 s each.
+    [f if f in ("dit", "ddpm") else pytest.param(f, marks=pytest.mark.slow) for f in CASES],
+)
 def test_a_converted_workdir_is_like_any_other(family, tmp_path, tiny_vae, capfd):
     file = write(family, tmp_path)
     run = tmp_path / "run"

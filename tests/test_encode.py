@@ -139,6 +139,7 @@ def test_latents_that_do_not_fit_are_refused(tmp_path):
     refused("no label|class/name", import_kind="mar")
 
 
+@pytest.mark.slow
 def test_a_trained_on_encoder_encodes_again(tmp_path):
     config = default_config()
     config.data.source, config.data.limit = "digits", 40

@@ -161,6 +161,7 @@ def runs(tmp_path_factory):
     return dict(np.load(out / "arrays.npz")), json.loads((out / "facts.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_a_mesh_changes_no_values(runs, case):
     """First gradient within 1e-6, loss curve within 1e-5, parameters within 1e-3, relative."""
@@ -179,6 +180,7 @@ def test_a_mesh_changes_no_values(runs, case):
     assert np.linalg.norm(one - many) <= 1e-3 * np.linalg.norm(one)
 
 
+@pytest.mark.slow
 def test_state_is_split_and_stays_split(runs):
     """After twenty updates every array still lies as it was placed, and a device holds its part."""
     _, facts = runs
