@@ -46,6 +46,7 @@ setup(
         "torch": ["torch>=2.4"],  # only to read .pt, .pth and .ckpt files
         "lmdb": ["lmdb>=1.4"],
         "wandb": ["wandb>=0.17"],
+        "docs": ["mkdocs-material>=9.6", "mkdocstrings[python]>=0.29"],  # mkdocs build
         "test": [
             "jax[tpu]",
             "pytest>=8",

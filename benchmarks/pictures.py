@@ -116,16 +116,13 @@ def guidance(workdir: str) -> None:
     figure, axes = plt.subplots(
         len(_SCALES), len(labels), figsize=(len(labels), 1.05 * len(_SCALES))
     )
-    names = build.images(config, "test").class_names
     for line, scale in zip(axes, _SCALES, strict=True):
         config.sample.guidance = scale
         images, _, _ = Generator.from_config(config, place)(params, range(len(labels)), labels)
-        for axis, image, name in zip(line, images, names, strict=True):
+        for axis, image in zip(line, images, strict=True):
             axis.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255)
             axis.set_xticks([])
             axis.set_yticks([])
-            if line is axes[0]:
-                axis.set_title(name, fontsize=9)
         line[0].set_ylabel(f"scale {scale:g}", rotation=0, ha="right", va="center")
     _save(figure, "guidance")
 
