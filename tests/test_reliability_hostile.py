@@ -161,6 +161,14 @@ def test_references_that_claim_too_much(tmp_path):
         read_reference(path)
 
 
+def test_a_member_that_is_no_array(tmp_path):
+    (tmp_path / "mar/0").mkdir(parents=True)
+    with zipfile.ZipFile(tmp_path / "mar/0/a.npz", "w") as archive:
+        archive.writestr("moments.npy", b"no array")
+    with pytest.raises(UserError, match="holds bytes"):
+        open_store("mar", tmp_path / "mar")
+
+
 # ---- names
 
 

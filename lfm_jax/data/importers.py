@@ -314,7 +314,9 @@ def _from_mean_std(array: Float[np.ndarray, "..."], where: str) -> Float[np.ndar
     return np.concatenate([mean, logvar], axis=-1)
 
 
-def _channels_last(array: np.ndarray, where: str) -> np.ndarray:
+def _channels_last(array: Any, where: str) -> np.ndarray:
+    if not isinstance(array, np.ndarray):  # numpy gives the bytes of members that are no arrays
+        raise UserError(f"{where}: holds {type(array).__name__}; expected floats [2c, h, w]")
     if array.ndim != 3 or len(array) % 2 or array.dtype.kind != "f":
         raise UserError(f"{where}: {array.dtype}{array.shape}; expected floats [2c, h, w]")
     return np.moveaxis(array, 0, -1).astype(np.float32)
