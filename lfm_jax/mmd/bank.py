@@ -12,6 +12,7 @@ the mean embedding is needed it can be replaced by fewer rows:
 import hashlib
 import io
 import json
+import zipfile
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -120,7 +121,7 @@ def load_bank(path: str | os.PathLike, made_of: dict[str, Any]) -> Bank | None:
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
             arrays = dict(file)
         meta = json.loads(arrays.pop(_META).tobytes())
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
         raise UserError(f"feature bank {path}: not readable; remove it and run again") from error
     if meta["sha256"] != _digest(arrays):
         raise UserError(f"feature bank {path}: checksum differs; remove it and run again")
