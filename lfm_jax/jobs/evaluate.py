@@ -308,7 +308,7 @@ def _draw_nearest(
     places: np.ndarray,
 ) -> None:
     suspects = found.suspects[:_SUSPECTS]
-    shown = np.concatenate([next(iter(samples.batches(1, start=i))) for i in suspects])
+    shown = np.concatenate([next(iter(samples.batches(1, start=int(i)))) for i in suspects])
     nearest = train.batch(places[found.nearest[suspects]])["image"]
     picture = image_grid(
         np.concatenate([shown, nearest]),

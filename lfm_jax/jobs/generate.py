@@ -143,8 +143,8 @@ class Generator:
     def between(
         self,
         params: Any,
-        ends: tuple[Sequence[int], Sequence[int]],
-        weights: Sequence[float],
+        ends: tuple[Sequence[int] | np.ndarray, Sequence[int] | np.ndarray],
+        weights: Sequence[float] | np.ndarray,
         labels: Int[np.ndarray, " n"] | None,
     ) -> np.ndarray:
         """Images ``[n, H, W, C]`` uint8 from noises on the great circle between those of two ends.

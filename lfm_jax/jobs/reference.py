@@ -49,7 +49,7 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     kept = None
     if section.images:
         places = spread(count, section.images)
-        kept = np.concatenate([next(iter(images(i, i + 1))) for i in places])
+        kept = np.concatenate([next(iter(images(i, i + 1))) for i in places.tolist()])
     reference = make_reference(
         features,
         source=name,

