@@ -90,7 +90,7 @@ def samples(config: ConfigDict, generator: Generator, params: Any) -> np.ndarray
     return np.concatenate(found)[:count]
 
 
-def write_curve(workdir: Workdir, title: str, points: list[list[float]]) -> None:
+def write_curve(workdir: Workdir, title: str, points: list[list[float | int]]) -> None:
     """Put a curve into ``results/curves.json`` in place of the one of the same title."""
     path = workdir.root / "results" / "curves.json"
     curves = json.loads(path.read_text()) if path.exists() else {}
