@@ -230,6 +230,13 @@ def check_config(config: ConfigDict) -> None:
             f"--config.train.accumulate={config.train.accumulate}: expected a divisor of "
             f"train.batch_size={config.train.batch_size}"
         )
+    if config.mesh.tensor > 1 and not config.model.name.startswith("DiT"):
+        # Convolutions shared out over channels gave another gradient on eight devices.
+        raise UserError(
+            f"--config.mesh.tensor={config.mesh.tensor} with --config.model.name="
+            f"{config.model.name}: expected 1; only a DiT's products are shared out (mesh.fsdp "
+            "shards any network)"
+        )
     if config.sample.guidance != 1 and not (config.data.num_classes and config.train.label_drop):
         raise UserError(
             f"--config.sample.guidance={config.sample.guidance:g}: guidance needs a null label "

@@ -73,3 +73,10 @@ def test_a_discriminator_needs_room(tmp_path):
     config.autoencoder.adversarial_weight = 0.5
     with pytest.raises(UserError, match=r"adversarial_weight=0\.5: .*image_size=8"):
         jobs.run_job("autoencode", config, str(tmp_path))
+
+
+def test_convolutions_are_not_shared_out_over_tensor(tmp_path):
+    config = photographs()
+    config.mesh.tensor = 2
+    with pytest.raises(UserError, match=r"mesh\.tensor=2 with --job=autoencode: expected 1"):
+        jobs.run_job("autoencode", config, str(tmp_path))

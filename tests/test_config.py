@@ -122,3 +122,12 @@ def test_the_content_hash_ignores_order_and_sees_values():
     config = default_config()
     config.train.learning_rate *= 2
     assert content_hash(a) != content_hash(to_json(config))
+
+
+def test_only_a_dit_is_shared_out_over_tensor():
+    config = default_config()
+    config.mesh.tensor = 2
+    check_config(config)
+    config.model.name = "unet"
+    with pytest.raises(UserError, match=r"mesh\.tensor=2 .*name=unet: expected 1"):
+        check_config(config)

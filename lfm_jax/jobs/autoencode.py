@@ -56,6 +56,11 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
         )
     if (other := takeover.origin(config)) is not None:
         return takeover.take_autoencoder(config, workdir, other)
+    if config.mesh.tensor > 1:
+        raise UserError(
+            f"--config.mesh.tensor={config.mesh.tensor} with --job=autoencode: expected 1; "
+            "convolutions are not shared out (mesh.fsdp shards them)"
+        )
     mesh = build.mesh(config)
     sharding.check_batch(mesh, "autoencoder.batch_size", section.batch_size)
     source = build.images(config, "train")
