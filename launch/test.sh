@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Install the test extra into .venv (once) and run the tests; arguments go to pytest.
-#   bash launch/test.sh [-m slow] [tests/test_rng.py ...]
+#   bash launch/test.sh [-m slow] [tests/test_config.py ...]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/venv.sh
