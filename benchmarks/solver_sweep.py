@@ -29,15 +29,15 @@ from lfm_jax.writers import image_grid, save_image
 
 # guidance -> solver -> steps (or, below 1, tolerances)
 LINES: dict[float, dict[str, tuple[float, ...]]] = {
-    1.0: {"euler": (2, 4, 8, 16, 32)},
+    1.0: {"euler": (1, 2, 4, 8, 16, 50)},
     1.5: {
-        "euler": (2, 4, 8, 16, 32),
+        "euler": (1, 2, 4, 8, 16, 50),
         "heun": (2, 4, 8, 16),
         "ab2": (4, 8, 16),
         "bosh3": (3e-2, 1e-2),
         "dopri5": (3e-2, 3e-3),
     },
-    2.5: {"euler": (4, 8, 16, 32)},
+    2.5: {"euler": (1, 2, 4, 8, 16, 50)},
 }
 _BATCH = 250
 

@@ -4,7 +4,7 @@ Every job that needs one of them gets it here, so that two jobs cannot build dif
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -15,9 +15,10 @@ from ml_collections import ConfigDict
 
 from lfm_jax import checkpoints, sharding
 from lfm_jax.config import overrides, to_json
-from lfm_jax.data import ImageSource, open_images
+from lfm_jax.data import ImageSource, LatentCache, latent_batches, open_images
 from lfm_jax.data.images import PADDED
 from lfm_jax.errors import UserError
+from lfm_jax.flow import GRIDS
 from lfm_jax.models import create_model
 from lfm_jax.optim import adamw, learning_rate
 from lfm_jax.vae import AutoencoderKL, Codec, identity_codec, load_vae, make_codec
@@ -154,18 +155,36 @@ def network(config: ConfigDict) -> nn.Module:
     return create_model(fields.pop("name"), num_classes=config.data.num_classes, **fields)
 
 
-def grid(text: str) -> str | tuple[float, ...]:
+def grid(text: str, *, key: str) -> str | tuple[float, ...]:
     """A grid's name, or its times out of a list such as "1,0.6,0".
 
     Raises:
-        UserError: neither.
+        UserError: neither; it names `key`, the field that holds the text.
     """
-    if "," not in text:
+    if text in GRIDS:
         return text
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError as error:
-        raise UserError(f"grid: {text!r}; expected a name or times such as 1,0.6,0") from error
+        raise UserError(
+            f"--config.{key}={text}: expected one of {', '.join(GRIDS)}, or falling times "
+            "such as 1,0.6,0.3,0"
+        ) from error
+
+
+def latents(
+    cache: LatentCache, config: ConfigDict, *, batch_size: int
+) -> Callable[[int], Iterator[dict[str, Any]]]:
+    """What `fit` draws from: this process's share of the training stream from a step on."""
+    return lambda start: latent_batches(
+        cache,
+        global_batch=batch_size,
+        seed=config.seed,
+        start=start,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        in_memory=config.train.in_memory,
+    )
 
 
 def optimizer(section: ConfigDict) -> optax.GradientTransformation:

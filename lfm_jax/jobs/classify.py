@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from lfm_jax import checkpoints, rng, sharding
 from lfm_jax.config import to_json
-from lfm_jax.data import latent_batches, open_cache
+from lfm_jax.data import open_cache
 from lfm_jax.errors import UserError
 from lfm_jax.features.noisy import NoisyClassifier
 from lfm_jax.flow import draw_latents, interpolate, noisy_classifier_loss
@@ -61,15 +61,7 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
         "classifier",
         state,
         make_step(loss, tx, key, ema_decay=0.999),
-        lambda start: latent_batches(
-            cache,
-            global_batch=section.batch_size,
-            seed=config.seed,
-            start=start,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            in_memory=config.train.in_memory,
-        ),
+        build.latents(cache, config, batch_size=section.batch_size),
         folder=folder(workdir),
         logs=workdir.logs,
         mesh=mesh,

@@ -21,7 +21,6 @@ from lfm_jax import mmd, rng, sharding
 from lfm_jax.conditions import Condition, encoded, guided
 from lfm_jax.errors import UserError
 from lfm_jax.flow import (
-    GRIDS,
     SDE_METHODS,
     SOLVERS,
     NetworkVelocity,
@@ -90,7 +89,7 @@ class Generator:
             solver={
                 "solver": section.solver,
                 "num_steps": section.num_steps,
-                "grid": _grid(section.grid),
+                "grid": build.grid(section.grid, key="sample.grid"),
                 "rtol": section.rtol,
                 "atol": section.atol,
                 "error_norm": section.error_norm,
@@ -317,7 +316,7 @@ def _check_solver(section: ConfigDict) -> None:
         UserError: an unknown solver, grid or method.
     """
     methods = ("", *(name for name in SDE_METHODS if name != "ddim"))
-    _grid(section.grid)
+    build.grid(section.grid, key="sample.grid")
     names = {"solver": (*SOLVERS, "ddim"), "sde": methods}
     for key, known in names.items():
         if section[key] not in known:
@@ -331,19 +330,6 @@ def _check_solver(section: ConfigDict) -> None:
             f"--config.sample.solver={section.solver}: it has no error estimate for rtol and atol; "
             f"expected one of {', '.join(adaptive)}"
         )
-
-
-def _grid(text: str) -> str | tuple[float, ...]:
-    """A grid's name, or its times."""
-    if text in GRIDS:
-        return text
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError as error:
-        raise UserError(
-            f"--config.sample.grid={text}: expected one of {', '.join(GRIDS)}, or falling times "
-            "such as 1,0.6,0.3,0"
-        ) from error
 
 
 def sample_labels(

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from lfm_jax import checkpoints, mmd, rng, sharding
 from lfm_jax.config import to_json
-from lfm_jax.data import latent_batches, open_cache
+from lfm_jax.data import open_cache
 from lfm_jax.errors import UserError
 from lfm_jax.evaluate import FeatureStatistics, frechet_of
 from lfm_jax.flow import draw_latents, flow_matching_loss
@@ -65,7 +65,7 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
         latent_shape=cache.latent_shape,
         num_classes=config.data.num_classes,
         solver=options.solver,
-        grid=build.grid(options.grid),
+        grid=build.grid(options.grid, key="mmd.grid"),
         eta=options.eta,
         loop_guidance=options.guidance,
         scales=scales,
@@ -134,15 +134,7 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
         "finetune",
         state,
         step,
-        lambda start: latent_batches(
-            cache,
-            global_batch=section.batch_size,
-            seed=config.seed,
-            start=start,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            in_memory=section.in_memory,
-        ),
+        build.latents(cache, config, batch_size=section.batch_size),
         folder=workdir.root / "finetune",
         logs=workdir.logs,
         mesh=mesh,

@@ -370,7 +370,9 @@ def feature_spaces(config: ConfigDict, bank: mmd.Bank) -> dict[str, mmd.Space]:
 def grid_times(config: ConfigDict, model: Any) -> np.ndarray:
     """The falling times of the config's N steps."""
     options = config.mmd
-    times = make_grid(build.grid(options.grid), options.num_steps, t_max=model.t_max)
+    times = make_grid(
+        build.grid(options.grid, key="mmd.grid"), options.num_steps, t_max=model.t_max
+    )
     if len(times) != options.num_steps + 1:
         raise UserError(
             f"--config.mmd.grid={options.grid}: {len(times) - 1} steps; expected "

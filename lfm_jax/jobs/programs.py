@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from lfm_jax import aot, mmd, sharding
 from lfm_jax.flow.solvers import get_solver
-from lfm_jax.jobs import build, mmd_features
+from lfm_jax.jobs import build
 from lfm_jax.jobs.generate import Generator
 from lfm_jax.jobs.mmd import update_macs
 from lfm_jax.jobs.train import objective
@@ -113,7 +113,7 @@ def _mmd_loss(config: ConfigDict, shape: tuple[int, int, int]) -> Loss:
         num_classes=config.data.num_classes,
         steps=(options.num_steps, *options.more_steps),
         solver=options.solver,
-        grid=mmd_features.grid(options.grid),
+        grid=build.grid(options.grid, key="mmd.grid"),
         eta=options.eta,
         loop_guidance=options.guidance,
         backprop=options.backprop_steps,

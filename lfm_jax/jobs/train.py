@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from lfm_jax import checkpoints, sharding
 from lfm_jax.conditions import init_conditioned, input_sizes, training_condition, widen
 from lfm_jax.config import to_json
-from lfm_jax.data import latent_batches, open_cache
+from lfm_jax.data import open_cache
 from lfm_jax.errors import UserError
 from lfm_jax.flow import flow_matching_loss
 from lfm_jax.jobs import build, mmd, origin, watch
@@ -79,15 +79,7 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
         "train",
         state,
         step,
-        lambda start: latent_batches(
-            cache,
-            global_batch=section.batch_size,
-            seed=config.seed,
-            start=start,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            in_memory=section.in_memory,
-        ),
+        build.latents(cache, config, batch_size=section.batch_size),
         folder=workdir.checkpoints,
         logs=workdir.logs,
         mesh=mesh,
