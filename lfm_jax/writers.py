@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,9 +50,7 @@ class ScalarWriter:
         # tensorboardX writes local files only; a run in a bucket keeps the JSON lines.
         self._board = None
         if "://" not in str(folder):
-            from tensorboardX import SummaryWriter
-
-            self._board = SummaryWriter(str(epath.Path(folder) / name), purge_step=start + 1)
+            self._board = _summary_writer()(str(epath.Path(folder) / name), purge_step=start + 1)
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """Append one line; the file is rewritten whole, which object stores need too."""
@@ -65,6 +64,22 @@ class ScalarWriter:
     def close(self) -> None:
         if self._board is not None:
             self._board.close()
+
+
+def _summary_writer() -> type:
+    """tensorboardX's writer, without the torch that it imports only to know its tensors by type.
+
+    Where torch is installed that import is most of what a job's first line of log waits for.
+    """
+    hides = "torch" not in sys.modules
+    if hides:
+        sys.modules["torch"] = None  # an import of it fails, as where it is not installed
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if hides:
+            del sys.modules["torch"]
+    return SummaryWriter
 
 
 def _step_of(line: bytes) -> float:

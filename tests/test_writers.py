@@ -1,6 +1,8 @@
 """Files are written whole; scalars of a resumed run appear once; grids have the size they say."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -35,6 +37,19 @@ def test_a_resumed_log_holds_every_step_once(tmp_path):
     writer.close()
     lines = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [10, 20, 30] and lines[-1]["loss"] == 0.5
+
+
+def test_tensorboard_gets_the_scalars_without_torch(tmp_path):
+    program = (
+        "import sys; from lfm_jax.writers import ScalarWriter\n"
+        f"writer = ScalarWriter({str(tmp_path)!r}, 'train')\n"
+        "writer.write(10, {'loss': 0.5}); writer.close()\n"
+        "assert 'torch' not in sys.modules, 'seconds of every start'\n"
+        "import importlib.util as u; assert u.find_spec('torch')\n"  # for whoever needs it later
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+    (events,) = (tmp_path / "train").iterdir()
+    assert b"loss" in events.read_bytes()
 
 
 def test_a_grid_places_images_row_by_row(tmp_path):
