@@ -28,14 +28,21 @@ from lfm_jax import lease
 from lfm_jax.errors import UserError
 from lfm_jax.writers import write_json
 
-# The parts of a config that the arrays in a workdir are bound to. What is left out may change
-# between two runs in one workdir (how long, how often, how to sample, how to measure).
+# Fields of a config that may change between two runs in one workdir (how long, how often, how to
+# sample, how to measure, where things lie): its arrays are not bound to them.
 FREE_TRAIN = (
     *("log_every", "save_every", "keep", "keep_every", "keep_best", "nonfinite"),
     *("in_memory", "preview_every", "evaluate_every", "evaluate_samples", "profile_steps"),
 )
-_FREE_AUTOENCODER = ("steps", "decode_dtype", "decode_slice", "preview")
-_FREE_ENCODE = ("batch_size", "workers")
+_FREE = {
+    "data": ("path", "class_names"),
+    "autoencoder": ("steps", "decode_dtype", "decode_slice", "preview"),
+    "encode": ("batch_size", "workers"),
+    "condition": ("path",),
+    "train": ("steps", *FREE_TRAIN),
+    "mmd": ("networks",),
+}
+_BOUND = ("seed", "loss", "data", "autoencoder", "encode", "condition", "model", "train")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,22 +219,16 @@ def on_main_process(action: Callable[[], None]) -> None:
 
 def identity(config: ConfigDict) -> dict[str, Any]:
     """The part of a config that the checkpoints and caches of a workdir are bound to."""
-    full = config_lib.to_json(config)
-    for key in ("steps", *FREE_TRAIN):
-        del full["train"][key]
-    for key in _FREE_AUTOENCODER:
-        del full["autoencoder"][key]
-    for key in _FREE_ENCODE:
-        del full["encode"][key]
-    del full["data"]["path"]
-    del full["data"]["class_names"]
-    del full["condition"]["path"]
-    kept = ("seed", "loss", "data", "autoencoder", "encode", "condition", "model", "train")
-    if full["loss"] == "mmd":
-        # Where the shared feature networks lie is no property of what they made.
-        full["mmd"] = {k: v for k, v in full["mmd"].items() if k != "networks"}
-        kept = (*kept, "mmd")
-    return {key: full[key] for key in kept}
+    return _bound(config_lib.to_json(config))
+
+
+def _bound(values: dict[str, Any]) -> dict[str, Any]:
+    names = (*_BOUND, "mmd") if values["loss"] == "mmd" else _BOUND
+    bound = {name: values[name] for name in names}
+    for section, fields in _FREE.items():
+        if section in bound:
+            bound[section] = {k: v for k, v in bound[section].items() if k not in fields}
+    return bound
 
 
 def claim(workdir: Workdir, config: ConfigDict) -> None:
@@ -244,13 +245,15 @@ def _claim(workdir: Workdir, config: ConfigDict) -> None:
     if workdir.config.exists():
         try:
             found = json.loads(workdir.config.read_text())["identity"]
-            found = _merged(identity(config_lib.default_config()), found)
+            # A field that was not there yet had its default; one that has become free binds no
+            # more.
+            found = _bound(_merged(config_lib.to_json(config_lib.default_config()), found))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{workdir.config}: expected the JSON that a run of lfm_jax wrote; "
                 "remove it or choose another --workdir"
             ) from error
-        # A field that was not there yet had its default. A run that made nothing has no claim.
+        # A run that made nothing has no claim.
         differing = _differing(found, wanted)
         if differing and workdir.holds_work():
             raise UserError(

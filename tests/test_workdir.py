@@ -53,6 +53,32 @@ def test_a_field_added_since_has_its_default(workdir):
         claim(workdir, config)
 
 
+def test_a_field_that_became_free_binds_no_more(workdir):
+    config = default_config()
+    claim(workdir, config)
+    workdir.checkpoints.mkdir()
+    stored = json.loads(workdir.config.read_text())
+    stored["identity"]["autoencoder"]["decode_dtype"] = "bfloat16"
+    stored["identity"]["encode"]["workers"] = 3
+    workdir.config.write_text(json.dumps(stored))
+    claim(workdir, config)
+
+
+def test_a_finetuning_begun_before_a_field_of_its_was_there_goes_on(workdir):
+    config = default_config()
+    config.loss = "mmd"
+    claim(workdir, config)
+    workdir.checkpoints.mkdir()
+    stored = json.loads(workdir.config.read_text())
+    del stored["identity"]["mmd"]["joint"]
+    stored["identity"]["mmd"]["networks"] = "/elsewhere"
+    workdir.config.write_text(json.dumps(stored))
+    claim(workdir, config)
+    config.mmd.joint = 1.0
+    with pytest.raises(UserError, match=r"mmd\.joint"):
+        claim(workdir, config)
+
+
 def test_a_run_that_made_nothing_has_no_claim(workdir):
     config = default_config()
     claim(workdir, config)
