@@ -422,7 +422,7 @@ def inputs(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     """What the train job's result depends on beside its own sections."""
     found = open_cache(latents(config, workdir))
     section = build.section(config, "mmd")["mmd"]
-    del section["networks"]
+    section.pop("networks", None)  # left out where it is unset
     return {
         "base": checkpoints.fingerprint(base_params(config)),
         "cache": found.fingerprint,
