@@ -121,6 +121,10 @@ def near_best(rows: list[dict]) -> dict:
     return min((row for row in euler if row["fd"] <= 1.1 * best), key=lambda row: row["nfe"])
 
 
+def _of(rows: list[dict], number: float, key: str) -> float:
+    return next(row[key] for row in rows if row["number"] == number)
+
+
 def report(found: dict[str, dict], floors: dict[str, float], command: str) -> None:
     """Figures, curves and pictures of what is there; ratios need both sides."""
     out = RESULTS / "fashion_mnist"
@@ -157,13 +161,13 @@ def report(found: dict[str, dict], floors: dict[str, float], command: str) -> No
         ratio, "<", 1.0, command, "the better of the two pixel flows",
     )  # fmt: skip
     name = "claim (a): evaluations of dopri5 at 1e-5, latent over pixel"
-    nfe = [[row["nfe"] for row in rows if row["number"] == 1e-5][0] for rows in (latent, *pixels)]
+    nfe = [_of(rows, 1e-5, "nfe") for rows in (latent, *pixels)]
     record(
         "quickstart", name, nfe[0] / min(nfe[1:]), "<", 1.0, command,
         f"latent {nfe[0]:.0f}, pixel {nfe[1]:.0f}, fine {nfe[2]:.0f}",
     )  # fmt: skip
     for steps in (2, 8, 64):
-        fd = [[r["fd"] for r in rows if r["number"] == steps][0] for rows in (latent, *pixels)]
+        fd = [_of(rows, steps, "fd") for rows in (latent, *pixels)]
         name = f"claim (a): FD at {steps} Euler steps, latent over pixel, equal training FLOPs"
         note = f"latent {fd[0]:.3f}, pixel {fd[1]:.3f}, fine {fd[2]:.3f}; autoencoder alone "
         note += f"{floors['fd_reconstruction']:.3f}, real train images {floors['fd_floor']:.3f}"
