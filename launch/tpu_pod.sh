@@ -18,37 +18,10 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-verb="${1:-}"
-[ $# -eq 0 ] || shift
-dry="" host=0
-while [ $# -gt 0 ]; do
-  case "$1" in
-    --dry-run) dry=1 ;;
-    --) shift; break ;;
-    [0-9]*) host="$1" ;;
-    *) echo "tpu_pod: $1: expected --dry-run, a host's number, or -- before flags of lfm_jax" >&2; exit 2 ;;
-  esac
-  shift
-done
-flags=("$@")
+source launch/calls.sh
+host=0
+read_arguments "create, setup, run, logs, status, retry, stop, delete" "$@"
 poll="${TPU_POLL:-60}"
-
-need() {
-  local name
-  for name in "$@"; do
-    [ -n "${!name:-}" ] || { echo "tpu_pod: $name is unset; see the head of launch/tpu_pod.sh" >&2; exit 2; }
-  done
-}
-
-# Every command goes through here, so that --dry-run shows all of them and runs none.
-call() {
-  if [ -n "$dry" ]; then
-    printf '%q ' "$@"
-    printf '\n'
-  else
-    "$@"
-  fi
-}
 
 place() { place=(--zone="$TPU_ZONE" ${TPU_PROJECT:+--project="$TPU_PROJECT"}); }
 
@@ -97,7 +70,7 @@ source launch/venv.sh && ensure_venv tpu${TPU_SETUP:+ && $TPU_SETUP}"
 }
 
 run() {
-  [ ${#flags[@]} -gt 0 ] || { echo "tpu_pod: run: expected flags of lfm_jax.main after --" >&2; exit 2; }
+  need_flags
   local inner
   inner=".venv/bin/python -m lfm_jax.main $(printf '%q ' "${flags[@]}"); echo \$? > run.status"
   # A log a host: --worker=all holds all output back until the command ends. The status is kept for
@@ -146,10 +119,6 @@ retry() {
   done
 }
 
-case "$verb" in
-  create | setup | run | logs | status | retry | stop | delete) ;;
-  *) echo "tpu_pod: '$verb': expected create, setup, run, logs, status, retry, stop or delete" >&2; exit 2 ;;
-esac
 need TPU_NAME TPU_ZONE
 place
 case "$verb" in

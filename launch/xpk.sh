@@ -10,51 +10,21 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-verb="${1:-}"
-[ $# -eq 0 ] || shift
-dry=""
-while [ $# -gt 0 ]; do
-  case "$1" in
-    --dry-run) dry=1 ;;
-    --) shift; break ;;
-    *) echo "xpk: $1: expected --dry-run, or -- before flags of lfm_jax" >&2; exit 2 ;;
-  esac
-  shift
-done
-
-need() {
-  local name
-  for name in "$@"; do
-    [ -n "${!name:-}" ] || { echo "xpk: $name is unset; see the head of launch/xpk.sh" >&2; exit 2; }
-  done
-}
-
-call() {
-  if [ -n "$dry" ]; then
-    printf '%q ' "$@"
-    printf '\n'
-  else
-    "$@"
-  fi
-}
-
-case "$verb" in
-  create | status | logs | delete) ;;
-  *) echo "xpk: '$verb': expected create, status, logs or delete" >&2; exit 2 ;;
-esac
+source launch/calls.sh
+read_arguments "create, status, logs, delete" "$@"
 need XPK_CLUSTER XPK_WORKLOAD
 where=(--cluster="$XPK_CLUSTER" ${XPK_ZONE:+--zone="$XPK_ZONE"} ${XPK_PROJECT:+--project="$XPK_PROJECT"})
 
 case "$verb" in
   create)
     need XPK_TYPE
-    [ $# -gt 0 ] || { echo "xpk: create: expected flags of lfm_jax.main after --" >&2; exit 2; }
-    case " $* " in
+    need_flags
+    case " ${flags[*]} " in
       *" --workdir=gs://"*) ;;
-      *) echo "xpk: --workdir: expected gs://...: a pod's own disk is gone when it restarts" >&2; exit 2 ;;
+      *) fail "--workdir: expected gs://...: a pod's own disk is gone when it restarts" ;;
     esac
     # 75 (preempted, saved) is the only status worth a restart: 1 and 2 would fail again.
-    command="pip install -q '.[tpu]' && ${XPK_SETUP:+$XPK_SETUP && }python -m lfm_jax.main $(printf '%q ' "$@")"
+    command="pip install -q '.[tpu]' && ${XPK_SETUP:+$XPK_SETUP && }python -m lfm_jax.main $(printf '%q ' "${flags[@]}")"
     call xpk workload create "${where[@]}" --workload="$XPK_WORKLOAD" --tpu-type="$XPK_TYPE" \
       --num-slices="${XPK_SLICES:-1}" --base-docker-image="${XPK_IMAGE:-python:3.12}" \
       --script-dir="$PWD" --priority="${XPK_PRIORITY:-medium}" \
