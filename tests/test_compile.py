@@ -1,6 +1,9 @@
 """Programs for machines that are not there: what is read from them, and what is said about them."""
 
 import importlib.util
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +13,7 @@ from jax.sharding import AbstractMesh
 
 from configs import digits, imagenet
 from lfm_jax import aot, sharding
+from lfm_jax.collectives import Collectives, collectives
 from lfm_jax.errors import UserError
 from lfm_jax.jobs import build, compile, programs
 from lfm_jax.workdir import Workdir
@@ -59,16 +63,16 @@ backend_config={"known_trip_count":{"n":"2"}}
 
 
 def test_collectives_are_counted_as_often_as_they_run():
-    found = aot.collectives(HLO)
+    found = collectives(HLO)
     assert set(found) == {"all-reduce", "all-gather", "reduce-scatter"}
-    assert found["all-reduce"] == aot.Collectives(count=1, bytes=44, elements=11)
-    assert found["reduce-scatter"] == aot.Collectives(count=1, bytes=256, elements=64)
-    assert found["all-gather"] == aot.Collectives(count=30, bytes=30 * 256, elements=30 * 128)
+    assert found["all-reduce"] == Collectives(count=1, bytes=44, elements=11)
+    assert found["reduce-scatter"] == Collectives(count=1, bytes=256, elements=64)
+    assert found["all-gather"] == Collectives(count=30, bytes=30 * 256, elements=30 * 128)
 
 
 def test_a_program_without_others_sends_nothing():
     compiled = jax.jit(lambda x: x @ x).lower(jnp.ones((8, 8))).compile()
-    assert aot.collectives(compiled.as_text()) == {}
+    assert collectives(compiled.as_text()) == {}
     memory = aot.memory(compiled)
     assert memory["arguments"] == 256 and memory["peak"] >= 512
 
@@ -93,6 +97,25 @@ def test_a_topology_that_does_not_exist_is_named(name):
     with pytest.raises(UserError, match="v5p:2x2x4") as caught:
         aot.topology_devices(name)
     assert f"topology={name}" in str(caught.value)
+
+
+@libtpu
+def test_what_only_another_machine_can_load_stays_out_of_the_cache(tmp_path):
+    program = (
+        "import jax, jax.numpy as jnp\n"
+        "from lfm_jax import aot\n"
+        "device = aot.topology_devices('v5e:2x2')[0]\n"
+        "placed = jax.sharding.SingleDeviceSharding(device)\n"
+        "x = jax.ShapeDtypeStruct((256, 256), jnp.float32, sharding=placed)\n"
+        "for _ in range(2): aot.compile_lowered(jax.jit(lambda x: x @ x).lower(x))\n"
+        "assert jax.config.jax_persistent_cache_min_compile_time_secs == 0\n"
+    )
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path)}
+    cache["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    command = [sys.executable, "-W", "error", "-c", program]
+    done = subprocess.run(command, env=os.environ | cache, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+    assert not list(tmp_path.iterdir())
 
 
 @libtpu

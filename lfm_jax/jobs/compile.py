@@ -18,6 +18,7 @@ from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
 from lfm_jax import aot, profiling, sharding
+from lfm_jax.collectives import collectives
 from lfm_jax.jobs import build
 from lfm_jax.jobs.programs import Step, sample_step, train_step
 from lfm_jax.models import count_params
@@ -73,7 +74,7 @@ def measure(step: Step, devices: list[Any]) -> dict[str, Any]:
         return {**figures, "fits": False, "needed": error.needed, "over": over}
     figures["compile_seconds"] = time.perf_counter() - begin
     memory = aot.memory(compiled)
-    moved = aot.collectives(compiled.as_text())
+    moved = collectives(compiled.as_text())
     fits = hbm is None or memory["peak"] <= hbm
     return {
         **figures,
