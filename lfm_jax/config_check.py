@@ -350,10 +350,11 @@ def _check_mmd(config: ConfigDict) -> None:
         )
     if options.baked and options.real != "bank":
         raise UserError(f"--config.mmd.real={options.real}: mmd.baked needs bank")
-    if options.guidance != 1 and not config.data.num_classes:
-        raise UserError(
-            f"--config.mmd.guidance={options.guidance:g}: guidance needs classes; expected 1"
-        )
+    for key in ("guidance", "teacher_guidance"):
+        if options[key] != 1 and not config.data.num_classes:
+            raise UserError(
+                f"--config.mmd.{key}={options[key]:g}: guidance needs classes; expected 1"
+            )
     if options.real == "mean" and options.kernel != "linear":
         raise UserError(
             f"--config.mmd.real=mean: one row stands for all only under mmd.kernel=linear, not "

@@ -16,9 +16,10 @@ from lfm_jax import checkpoints, jobs, rng, vae, weights
 from lfm_jax.config import default_config
 from lfm_jax.errors import UserError
 from lfm_jax.flow import NetworkVelocity, sample
-from lfm_jax.jobs import build, origin
+from lfm_jax.jobs import build, editing, origin
+from lfm_jax.jobs import sample as sample_job
 from lfm_jax.models import Cond
-from lfm_jax.workdir import Workdir
+from lfm_jax.workdir import Workdir, claim
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -213,6 +214,41 @@ def test_a_converted_workdir_is_like_any_other(family, tmp_path, tiny_vae, capfd
     # One step of Adam at 1e-4 moves no parameter further than that: training went on from them.
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), before, after)
     assert 0 < max(jax.tree.leaves(moved)) < 1.1e-4
+
+
+def test_guidance_is_refused_until_a_null_label_was_trained(tmp_path, tiny_vae):
+    file = write("guided-diffusion", tmp_path)  # its table has no null row
+    imported = weights.import_torch("guided-diffusion", file)
+    config = config_of("guided-diffusion", tiny_vae, file)
+    config.sample.guidance = 2.0
+    workdir = Workdir(epath.Path(tmp_path / "run"))
+    claim(workdir, config)
+    (tmp_path / "run/checkpoints/0").mkdir(parents=True)  # as after --job=convert
+    origin.keep(workdir, "unet", {}, 10, {}, null_label=imported.null_label)
+
+    with pytest.raises(UserError, match=r"sample\.guidance=2: .*run know no null label"):
+        sample_job.run(config, workdir)
+    with pytest.raises(UserError, match=r"job=edit .*run know no null label"):
+        editing.make_editor(config, workdir)
+
+    # Labels that were dropped in a training from there on make it known.
+    (tmp_path / "run/checkpoints/0").rename(tmp_path / "run/checkpoints/7")
+    assert origin.knows_null_label(workdir.root)
+
+
+@pytest.mark.parametrize("drop, known", [(0.1, True), (0.0, False)])
+def test_a_network_trained_here_knows_the_null_label_by_its_labels_dropped(tmp_path, drop, known):
+    config = default_config()
+    config.train.label_drop = drop
+    workdir = Workdir(epath.Path(tmp_path))
+    claim(workdir, config)
+    (tmp_path / "checkpoints/5").mkdir(parents=True)
+    assert origin.knows_null_label(workdir.root) == known
+    # A release says so itself, and what starts from it inherits it.
+    fresh = Workdir(epath.Path(tmp_path / "fresh"))
+    config.init = str(tmp_path)
+    origin.adopt(config, fresh)
+    assert origin.knows_null_label(fresh.root) == known
 
 
 def test_a_new_workdir_starts_from_converted_weights(tmp_path, tiny_vae):

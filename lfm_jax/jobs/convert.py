@@ -47,7 +47,7 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     fields = dict(imported.overrides)
     _check(config, imported, classes := fields.pop("num_classes", 0))
     told = {"family": section.family, "sha256": imported.sha256, "weights": imported.weights}
-    origin.keep(workdir, imported.name, fields, classes, told)
+    origin.keep(workdir, imported.name, fields, classes, told, null_label=imported.null_label)
 
     mesh = build.mesh(config)
     shapes = jax.tree.map(lambda p: p.shape, imported.params)

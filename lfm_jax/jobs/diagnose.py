@@ -33,7 +33,7 @@ from lfm_jax.flow import (
     velocity_profile,
     wasserstein_bound,
 )
-from lfm_jax.jobs import build
+from lfm_jax.jobs import build, guide
 from lfm_jax.jobs.generate import Generator, class_names, sample_labels
 from lfm_jax.jobs.judge import Look, judge, of_array, of_source, spread
 from lfm_jax.jobs.watch import write_curve
@@ -90,6 +90,8 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
             "beside the class can be diagnosed; expected none"
         )
     settings = [_setting(text) for text in section.curve]
+    if "curve" in section.parts:
+        guide.check_null_label(config, workdir)
     params = checkpoints.load_params(workdir.checkpoints, ema=config.sample.ema)
     figures: dict[str, Any] = {
         "checkpoint_step": checkpoints.latest_step(workdir.checkpoints),

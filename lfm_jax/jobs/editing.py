@@ -45,6 +45,9 @@ def make_editor(config: ConfigDict, workdir: Workdir) -> Editor:
         UserError: no weights, a condition that editing does not have.
     """
     section, source = config.edit, base(config, workdir)
+    if config.data.num_classes:  # an edit leaves the class open
+        needs = f"--job=edit with --config.data.num_classes={config.data.num_classes}"
+        origin.require_null_label(source.root, needs, "a network without classes")
     codec = build.codec(config, source)
     params = origin.initial_params(str(source.root))
     return Editor(

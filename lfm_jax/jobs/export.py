@@ -58,6 +58,7 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
         "params_sha256": checkpoints.fingerprint(params),
         "licence": _licence(config, workdir),
         "converted": origin.converted(workdir),
+        "null_label": origin.knows_null_label(workdir.root),
     }
     release = workdir.root / "release"
     checkpoints.save_release(release, params, described)

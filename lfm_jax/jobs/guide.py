@@ -53,6 +53,17 @@ def inputs(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     return found
 
 
+def check_null_label(config: ConfigDict, workdir: Workdir) -> None:
+    """Refuse `config.sample.guidance` for weights that no null label was trained with.
+
+    Raises:
+        UserError: such weights and a scale other than 1, where it is not baked into the network.
+    """
+    scale = config.sample.guidance
+    if scale != 1 and not (config.loss == "mmd" and config.mmd.baked):
+        origin.require_null_label(workdir.root, f"--config.sample.guidance={scale:g}", "1 (off)")
+
+
 def helpers(config: ConfigDict, workdir: Workdir) -> Helpers:
     """The networks that the guidance of `config.sample` needs, from their workdirs.
 

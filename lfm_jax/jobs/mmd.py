@@ -37,6 +37,10 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     mesh = build.mesh(config)
     sharding.check_batch(mesh, "train.batch_size", section.batch_size // section.accumulate)
     params = base_params(config)
+    for key in ("guidance", "teacher_guidance"):
+        if options[key] != 1:
+            needs = f"--config.mmd.{key}={options[key]:g}"
+            origin.require_null_label(base.root, needs, "1 (off)")
     model = build.network(config)
     take_along(base, workdir)
     codec = build.codec(config, workdir)

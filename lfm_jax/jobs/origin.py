@@ -38,9 +38,17 @@ def keep(
     fields: dict[str, Any],
     num_classes: int,
     converted: dict[str, str],
+    *,
+    null_label: bool,
 ) -> None:
     """Write down the network of a workdir's weights, and what file they were."""
-    told = {"name": name, "fields": fields, "num_classes": num_classes, "converted": converted}
+    told = {
+        "name": name,
+        "fields": fields,
+        "num_classes": num_classes,
+        "converted": converted,
+        "null_label": null_label,
+    }
     if sharding.is_main_process():
         write_json(_file(workdir.root), told)
 
@@ -71,6 +79,41 @@ def converted(workdir: Workdir) -> dict[str, str] | None:
     """Family and sha256 of the file that a workdir's weights began as, or None."""
     told = _read(_file(workdir.root))
     return told and told["converted"]
+
+
+def require_null_label(root: epath.Path, needs: str, accepted: str) -> None:
+    """Refuse what evaluates a network at a null label that it never met in training.
+
+    Args:
+        root: the workdir or release of the weights.
+        needs: the flag and value that ask for it.
+        accepted: what may stand there instead.
+
+    Raises:
+        UserError: neither the file that they began as nor a training here had one.
+    """
+    if not knows_null_label(root):
+        raise UserError(
+            f"{needs}: the weights of {root} know no null label; expected {accepted}, or training "
+            "with train.label_drop > 0 first"
+        )
+
+
+def knows_null_label(root: epath.Path) -> bool:
+    """Whether the weights of a workdir or release have met the null label, as far as it says."""
+    path = root / "config.json"
+    content = json.loads(path.read_text()) if path.exists() else {}
+    if "null_label" in content:  # a release
+        return content["null_label"]
+    config, told = content.get("config"), _read(_file(root))
+    if told is not None and told.get("null_label", True):
+        return True
+    if config is None:
+        return told is None
+    converted_alone = checkpoints.latest_step(root / "checkpoints") == 0
+    # Finetuning to a few steps draws no labels to drop.
+    trains = config["loss"] == "flow" and config["train"]["label_drop"] > 0
+    return trains and not converted_alone
 
 
 def initial_params(init: str) -> Any:
@@ -142,6 +185,7 @@ def _of_config(folder: epath.Path) -> dict[str, Any]:
             "fields": fields,
             "num_classes": config["data"]["num_classes"],
             "converted": content.get("converted"),
+            "null_label": knows_null_label(folder),
         }
     except (OSError, ValueError, KeyError) as error:
         raise UserError(

@@ -37,6 +37,7 @@ def inputs(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
 
 def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     section = config.sample
+    guide.check_null_label(config, workdir)
     generator = Generator.from_config(config, workdir)
     labels = sample_labels(config, generator.given)
     folder = workdir.checkpoints if section.checkpoint == "newest" else watch.folder(workdir)

@@ -38,6 +38,8 @@ class Imported:
         sha256: of the file.
         weights: ``ema`` or ``raw``, whichever was taken.
         t_max: where sampling starts.
+        null_label: whether its label table, if any, has a null label that was trained: what
+            classifier-free guidance needs.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Imported:
     sha256: str
     weights: str
     t_max: float
+    null_label: bool = True
 
     def model(self) -> nn.Module:
         return create_model(self.name, **self.overrides)
@@ -103,6 +106,7 @@ def import_torch(
         sha256=content.sha256,
         weights=content.weights,
         t_max=filled.t_max,
+        null_label=chosen.null_label,
     )
 
 

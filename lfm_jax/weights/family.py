@@ -48,6 +48,7 @@ class Family:
         export: checks that a network can be told in this family's terms and returns its
             parameters in them.
         prefix: of each tensor's name in a file written for the family's own loader.
+        null_label: whether its class-conditional networks know a null label.
     """
 
     clean: Callable[[TensorFile], TensorFile]
@@ -56,6 +57,7 @@ class Family:
     extra: Callable[[nn.Module, dict, int], dict[str, np.ndarray]] = lambda model, tensors, side: {}
     export: Callable[[nn.Module, dict], dict] = lambda model, params: params
     prefix: str = ""
+    null_label: bool = True
 
 
 def shapes_of(model: nn.Module, network: Network) -> Any:

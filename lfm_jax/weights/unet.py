@@ -3,7 +3,7 @@
 Blocks are numbered in the order they are built, down and up. The fused q, k, v comes in (head, qkv,
 channel) order; in OpenAI's 64x64 network, which also has the cosine schedule, in ours. Attention is
 where the file has it, told as downsampling factors. The label table has no null row: one of zeros
-is added here and left out again in the file.
+is added here, to be trained, and left out again in the file.
 """
 
 import re
@@ -169,6 +169,7 @@ def _family(
         bindings=partial(_bindings, order),
         export=partial(_export, name, wants),
         prefix=prefix,
+        null_label=False,
     )
 
 
