@@ -57,7 +57,7 @@ CONFIG = Path(__file__).resolve().parent.parent / "configs" / "boundary_fashion_
 OUT = RESULTS / "boundary"
 SEEDS = (0, 1, 2)
 TEST = 96  # test images a seed, half of each side
-STRENGTHS = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0)
+STRENGTHS = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0)
 SWITCH_TIMES = (0.7, 0.85, 0.93, 1.0)
 AUC_TIMES = (0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97)
 MATRIX = (
@@ -371,7 +371,7 @@ def leak(bench: Bench, name: str, t: float) -> dict[str, Any]:
 
 def strips(bench: Bench, name: str, t: float) -> None:
     """Test images, originals first, then strength from left to right."""
-    strengths = (-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0)
+    strengths = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)
     judge = bench.judges[name]
     fitted, _, test = sets(bench, name, 0, tests=12)
     boundary = fit(bench.editor.invert(fitted.latents, t), fitted.sides)

@@ -18,7 +18,7 @@ from lfm_jax.boundary.mixing import (
     radius_gap,
     separability,
 )
-from lfm_jax.boundary.search import smallest_strength
+from lfm_jax.boundary.search import followed, smallest_strength
 from lfm_jax.errors import UserError
 
 TIMES = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -105,3 +105,19 @@ def test_distance_at_a_flip_rate_and_the_strength_that_gets_there():
     assert distance_at([0.2, 0.6], [0.1, 0.2], 0.8) == float("inf")
     rows = [{"strength": s, "flip_rate": f} for s, f in ((1.0, 0.3), (2.0, 0.9), (3.0, 0.8))]
     assert smallest_strength(rows, 0.85) == 2.0 and smallest_strength(rows, 0.95) == 2.0
+
+
+@pytest.mark.parametrize(("slope", "limit"), [(0.05, 10.0), (0.5, 0.9), (0.001, 10.0)])
+def test_a_curve_is_followed_until_it_flips_all_or_leaves_the_image(slope, limit):
+    def curve(strengths):
+        return [
+            {"strength": s, "flip_rate": min(1.0, slope * s), "distance": 0.2 * s}
+            for s in strengths
+        ]
+
+    rows = followed(curve, (1.0, 3.0), limit=limit)
+    last, before = rows[-1], rows[-2]
+    assert [row["strength"] for row in rows[:2]] == [1.0, 3.0]
+    assert last["strength"] == pytest.approx(3.0 * 1.4 ** (len(rows) - 2))
+    assert (before["distance"] < limit and before["flip_rate"] < 0.98) or len(rows) == 2
+    assert last["distance"] >= limit or last["flip_rate"] >= 0.98 or len(rows) == 8

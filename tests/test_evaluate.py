@@ -16,6 +16,7 @@ from oracles import torch_fidelity
 from lfm_jax import evaluate
 from lfm_jax.errors import UserError
 from lfm_jax.evaluate import FeatureStatistics, StreamingStatistics
+from lfm_jax.evaluate.variety import pixel_std_ratio
 from lfm_jax.features import Extractor
 
 
@@ -292,3 +293,16 @@ def test_eight_devices_equal_one(digits, tmp_path):
     subprocess.run(
         [sys.executable, script, tmp_path / "digits.npy"], env=environment, check=True, timeout=180
     )
+
+
+def test_variety_within_classes_leaves_out_what_has_no_spread():
+    images = np.random.default_rng(0).integers(0, 256, (60, 4, 4, 1)).astype(np.uint8)
+    labels = np.repeat([0, 1, 2], 20)
+    real = {"image": images, "label": labels}
+    dull = (images // 2 + 64).astype(np.uint8)
+    found = pixel_std_ratio(dull, labels, real, num_classes=4)
+    assert found["min"] == pytest.approx(0.5, abs=0.01) == found["max"]
+    one = [0, 20, 40]
+    assert pixel_std_ratio(images[one], labels[one], real, num_classes=4) == {}
+    few = {"image": images[:21], "label": labels[:21]}
+    assert pixel_std_ratio(images, labels, few, num_classes=4)["max"] == pytest.approx(1.0)

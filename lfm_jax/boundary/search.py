@@ -5,7 +5,8 @@ once, measures the curves of `lfm_jax.boundary.mixing` there and applies the rul
 """
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,7 @@ class Examples:
         return len(self.images)
 
 
+_GROWTH, _FURTHER, _ALL = 1.4, 6, 0.98  # of strengths beyond those given, until so many flip
 _NORMS = 128  # samples whose mean norm is compared: one norm varies by about 1 %
 
 
@@ -112,7 +114,7 @@ def search_time(
     """The curves over `times` and the time that `rule` takes from them.
 
     Args:
-        strengths: magnitudes of the edits whose utility is measured.
+        strengths: rising magnitudes of the edits whose utility is measured; see `followed`.
         curves: which to measure; what the rule needs is measured anyway.
         layers: hidden layers whose separability is measured beside z.
         completions: stochastic completions of each validation state, for ``commitment``.
@@ -162,8 +164,12 @@ def search_time(
                 crossing.space, editor, up[i], fitted.sides, times[i], provenance={}, **options
             )
             single = dataclasses.replace(crossing, weights=(1.0,))
-            rows = edit_curve(
-                editor, single, [boundary], judge, validation, there[i], times[i], strengths
+            rows = followed(
+                functools.partial(
+                    edit_curve, editor, single, [boundary], judge, validation, there[i], times[i]
+                ),
+                strengths,
+                limit=limit,
             )
             found["edits"][f"{times[i]:g}"] = rows
             measured["utility"][i] = edit_utility(
@@ -183,6 +189,25 @@ def search_time(
     found["t"] = found["chosen_by"][rule]
     logging.info("mixing time %g by %s of %s", found["t"], rule, times)
     return found
+
+
+def followed(
+    curve: Callable[[Sequence[float]], list[dict[str, float]]],
+    strengths: Sequence[float],
+    *,
+    limit: float,
+) -> list[dict[str, float]]:
+    """Rows of `curve` at `strengths`, and at growing ones until it flips all or reaches `limit`.
+
+    A margin is worth more at one time than at another: curves that end at one strength would be
+    compared over different distances.
+    """
+    rows = curve(strengths)
+    for _ in range(_FURTHER):
+        if not rows or rows[-1]["flip_rate"] >= _ALL or rows[-1]["distance"] >= limit:
+            break
+        rows += curve([rows[-1]["strength"] * _GROWTH])
+    return rows
 
 
 def opposite_distance(chosen: Examples) -> float:

@@ -20,18 +20,22 @@ def pixel_std_ratio(
         images: samples, uint8.
         labels: their requested classes.
         real: ``{"image", "label"}`` of real images.
-        num_classes: classes 0..num_classes-1; those without samples are left out.
+        num_classes: classes 0..num_classes-1; those with fewer than two samples or
+            real images are left out.
 
     Returns:
-        "min", "mean" and "max" of the ratio over the classes; 1 is the real variety.
+        "min", "mean" and "max" of the ratio over the classes; 1 is the real variety. Empty where
+        every class is left out.
     """
     ratios = []
     for label in range(num_classes):
         fake = images[labels == label].astype(np.float64)
-        if len(fake) < 2:
-            continue
         true = real["image"][real["label"] == label].astype(np.float64)
+        if min(len(fake), len(true)) < 2:
+            continue
         ratios.append(fake.std(0).mean() / true.std(0).mean())
+    if not ratios:
+        return {}
     return {
         "min": float(np.min(ratios)),
         "mean": float(np.mean(ratios)),
