@@ -35,6 +35,26 @@ def write_json(path: epath.PathLike, value: Any) -> None:
     write_bytes(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
+def copy_whole(source: epath.PathLike, target: epath.PathLike) -> None:
+    """Copy a file or folder under another name first, so that what a kill leaves looks undone."""
+    source, target = epath.Path(source), epath.Path(target)
+    partial = target.parent / f".{target.name}.partial"
+    if partial.exists():
+        partial.rmtree() if partial.is_dir() else partial.unlink()
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    _copy(source, partial)
+    partial.rename(target)
+
+
+def _copy(source: epath.Path, target: epath.Path) -> None:
+    if not source.is_dir():
+        source.copy(target)
+        return
+    target.mkdir()
+    for child in source.iterdir():
+        _copy(child, target / child.name)
+
+
 class ScalarWriter:
     """Scalars of a run to ``<folder>/<name>.jsonl`` and to TensorBoard event files beside it.
 

@@ -13,9 +13,10 @@ from lfm_jax import checkpoints, mmd
 from lfm_jax.config import neighbour
 from lfm_jax.config_check import check_config
 from lfm_jax.errors import UserError
+from lfm_jax.evaluate import FeatureStatistics
 from lfm_jax.features import Classifier, Extractor
-from lfm_jax.jobs import mmd as mmd_job
 from lfm_jax.jobs import mmd_features, run_job
+from lfm_jax.jobs.mmd_monitor import Monitor
 from lfm_jax.state import TrainState
 from lfm_jax.vae import identity_codec
 from lfm_jax.workdir import Workdir
@@ -139,7 +140,7 @@ def test_collapse_ends_the_run_and_keeps_the_last_good_snapshot(config, tmp_path
     judge = mmd_features.Judge(
         map=mmd.RawLatents(),
         labels=np.zeros(250, np.int32),
-        statistics=mmd_job.FeatureStatistics.of(np.random.default_rng(0).normal(size=(99, 2))),
+        statistics=FeatureStatistics.of(np.random.default_rng(0).normal(size=(99, 2))),
         spread=1.0,
     )
 
@@ -148,7 +149,7 @@ def test_collapse_ends_the_run_and_keeps_the_last_good_snapshot(config, tmp_path
         return {"raw": params["w"] * jax.vmap(lambda k: jax.random.normal(k, (2,)))(keys)}, None
 
     config.mmd.validate_samples = 250
-    monitor = mmd_job.Monitor(
+    monitor = Monitor(
         config=config, workdir=Workdir(epath.Path(tmp_path)), rows=[rows], judge=judge, record={}
     )
 

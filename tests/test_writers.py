@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lfm_jax.writers import ScalarWriter, image_grid, save_image, write_bytes, write_json
+from lfm_jax.writers import (
+    ScalarWriter,
+    copy_whole,
+    image_grid,
+    save_image,
+    write_bytes,
+    write_json,
+)
 
 
 def test_a_failing_write_leaves_the_old_content(tmp_path, monkeypatch):
@@ -25,6 +32,20 @@ def test_a_failing_write_leaves_the_old_content(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         write_bytes(path, b"half")
     assert json.loads(path.read_text()) == {"old": 1}
+
+
+def test_a_copy_is_whole_or_not_there(tmp_path):
+    source, target = tmp_path / "a", tmp_path / "there" / "b"
+    (source / "deep").mkdir(parents=True)
+    (source / "deep" / "file").write_text("one")
+    left_over = tmp_path / "there" / ".b.partial"
+    left_over.mkdir(parents=True)
+    (left_over / "half").write_text("")
+    copy_whole(source, target)
+    assert [p.name for p in target.iterdir()] == ["deep"] and not left_over.exists()
+    assert (target / "deep" / "file").read_text() == "one"
+    copy_whole(source / "deep" / "file", tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "one"
 
 
 def test_a_resumed_log_holds_every_step_once(tmp_path):

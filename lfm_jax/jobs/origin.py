@@ -140,6 +140,28 @@ def started_from(state: TrainState, params: Any) -> TrainState:
     return state.replace(params=placed, ema=ema)
 
 
+def check_fits(init: str, params: Any, wanted: Any) -> None:
+    """Refuse parameters of another network than `wanted`, a tree of arrays or their shapes.
+
+    Raises:
+        UserError: naming the first parameter of `init` that is too many, missing or of another
+            shape.
+    """
+    found, here = (
+        {
+            jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
+            for path, leaf in jax.tree.leaves_with_path(tree)
+        }
+        for tree in (params, wanted)
+    )
+    for name in sorted({*found, *here}):
+        if found.get(name) != here.get(name):
+            raise UserError(
+                f"--config.init={init}: parameter {name} is {found.get(name, 'missing')} there, "
+                f"this network's is {here.get(name, 'missing')}"
+            )
+
+
 def _check(config: ConfigDict, told: dict[str, Any], where: epath.Path) -> None:
     name, kind = config.model.name, NAMES[told["name"]][0]
     if name not in NAMES:

@@ -15,6 +15,7 @@ from lfm_jax import checkpoints, sharding
 from lfm_jax.config import to_json
 from lfm_jax.errors import UserError
 from lfm_jax.workdir import Workdir
+from lfm_jax.writers import copy_whole
 
 _ARCHITECTURE = (
     "block_out_channels",
@@ -61,20 +62,7 @@ def take_autoencoder(config: ConfigDict, workdir: Workdir, other: Workdir) -> di
         raise UserError(f"{folder}: expected a checkpoint of the autoencoder, found none")
     target = workdir.autoencoder / "checkpoints" / str(step)
     if sharding.is_main_process() and not target.exists():
-        temporary = workdir.autoencoder / "taken"
-        temporary.rmtree(missing_ok=True)
-        _copy(folder / str(step), temporary)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary.rename(target)
+        copy_whole(folder / str(step), target)
     result = other.require_result("autoencode")
     keys = ("steps", "loss", "parameters", "latent_shift", "latent_scale")
     return {**{key: result[key] for key in keys if key in result}, "taken_over": True}
-
-
-def _copy(source: epath.Path, target: epath.Path) -> None:
-    target.mkdir(parents=True)
-    for child in source.iterdir():
-        if child.is_dir():
-            _copy(child, target / child.name)
-        else:
-            child.copy(target / child.name)

@@ -15,11 +15,11 @@ from lfm_jax.config import to_json
 from lfm_jax.data import open_cache
 from lfm_jax.errors import UserError
 from lfm_jax.flow import flow_matching_loss
-from lfm_jax.jobs import build, mmd, origin, watch
+from lfm_jax.jobs import build, mmd, mmd_base, origin, watch
 from lfm_jax.jobs import condition as conditions
 from lfm_jax.jobs.fit import fit
 from lfm_jax.jobs.generate import Generator, class_names
-from lfm_jax.models import forward_macs, init_params
+from lfm_jax.models import count_params, forward_macs, init_params
 from lfm_jax.state import Loss, Params, TrainState, create_state, make_step
 from lfm_jax.vae import Codec
 from lfm_jax.workdir import FREE_TRAIN, Workdir
@@ -30,7 +30,7 @@ _PREVIEWED = 8  # pictures of a class
 
 def inputs(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     finetuned = mmd.inputs(config, workdir) if config.loss == "mmd" else {}
-    cache = open_cache(mmd.latents(config, workdir) if finetuned else workdir.latents("train"))
+    cache = open_cache(mmd_base.latents(config, workdir) if finetuned else workdir.latents("train"))
     sections = build.section(config, "seed", "loss", "init", "model", "train")
     for key in FREE_TRAIN:
         del sections["train"][key]
@@ -104,11 +104,12 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
         watch=watch.watcher(config, workdir) if section.evaluate_every else None,
         watch_every=section.evaluate_every,
     )
-    params = checkpoints.load_params(workdir.checkpoints)
+    # What the last checkpoint holds, without every process reading it back.
+    params = state.best_params
     return {
         **figures,
         **watch.summary(workdir),
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        "parameters": count_params(params),
         "examples_drawn": section.steps * section.batch_size,
         "checkpoint": checkpoints.fingerprint(params),
     }
@@ -153,27 +154,8 @@ def _start_from(config: ConfigDict, state: TrainState) -> TrainState:
     params = origin.initial_params(init)
     if config.condition.kind != "none":
         params = widen(params, sharding.fetch(state.params), patch=config.model.patch or 1)
-    found, wanted = (jax.tree.map(lambda x: x.shape, tree) for tree in (params, state.params))
-    if found != wanted:
-        raise UserError(f"--config.init={init}: {_first_difference(found, wanted)}")
-    placed = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), params, state.params)
-    ema = None if state.ema is None else jax.tree.map(lambda x: x.copy(), placed)
-    return state.replace(params=placed, ema=ema)
-
-
-def _first_difference(found: Any, wanted: Any) -> str:
-    """Which parameter of the one tree of shapes the other one lacks or has in another shape."""
-
-    def flat(tree: Any) -> dict[str, tuple]:
-        leaves = jax.tree.leaves_with_path(tree, is_leaf=lambda x: isinstance(x, tuple))
-        return {jax.tree_util.keystr(k, simple=True, separator="/"): v for k, v in leaves}
-
-    found, wanted = flat(found), flat(wanted)
-    name = next(k for k in sorted({*found, *wanted}) if found.get(k) != wanted.get(k))
-    return (
-        f"parameter {name} is {found.get(name, 'missing')} there, this network's is "
-        f"{wanted.get(name, 'missing')}"
-    )
+    origin.check_fits(init, params, state.params)
+    return origin.started_from(state, params)
 
 
 def _previews(config: ConfigDict, workdir: Workdir) -> Callable[[TrainState, int], None]:

@@ -1,0 +1,101 @@
+"""Scores of a finetuning on validation features: the best snapshot is kept, collapse ends it."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from ml_collections import ConfigDict
+
+from lfm_jax import checkpoints, mmd
+from lfm_jax.config import to_json
+from lfm_jax.evaluate import FeatureStatistics, frechet_of
+from lfm_jax.jobs.mmd_bank import BATCH
+from lfm_jax.state import TrainState
+from lfm_jax.workdir import Workdir
+
+
+class Monitor:
+    """Scores the averaged weights on validation features and keeps the best snapshot.
+
+    Called as ``monitor(state, step)``; the noises are the same every time. The score is the Frechet
+    distance of the judge's features to real ones, averaged over the numbers of steps in the
+    logarithm. A spread of the samples below ``config.mmd.collapse`` times the real one ends it.
+    """
+
+    def __init__(
+        self, *, config: ConfigDict, workdir: Workdir, rows: list, judge: Any, record: dict
+    ):
+        self.config, self.workdir, self.record = config, workdir, record
+        self.judge = judge
+        self.history: list[dict[str, float]] = self._earlier()
+        count = -(-config.mmd.validate_samples // BATCH) * BATCH
+        self._parts = [
+            {
+                "position": jnp.arange(start, start + BATCH, dtype=jnp.uint32),
+                "label": jnp.asarray(judge.labels[start : start + BATCH]),
+                "draws": jnp.zeros((BATCH, 2)),
+            }
+            for start in range(0, count, BATCH)
+        ]
+        key = jax.random.key(config.seed + 1)
+        self._rows = [
+            jax.jit(lambda params, part, r=r: next(iter(r(params, part, key)[0].values())))
+            for r in rows
+        ]
+
+    def __call__(self, state: TrainState, step: int, *, keep: bool = False) -> None:
+        if any(entry["step"] == step for entry in self.history):
+            return
+        params = state.best_params
+        scores, spreads = [], []
+        for rows in self._rows:
+            features = np.concatenate([np.asarray(rows(params, part)) for part in self._parts])
+            if not np.isfinite(features).all():
+                raise FloatingPointError(f"finetune: samples are not finite at step {step}")
+            scores.append(frechet_of(FeatureStatistics.of(features), self.judge.statistics))
+            centred = features - features.mean(0)
+            spreads.append(np.sqrt(np.square(centred).sum(1).mean()) / self.judge.spread)
+        entry = {
+            "step": step,
+            "score": float(np.exp(np.mean(np.log(np.maximum(scores, 1e-9))))),
+            "spread": float(min(spreads)),
+        }
+        best = min((e["score"] for e in self.history if e["step"]), default=np.inf)
+        self.history.append(entry)
+        logging.info("finetune: step %d, validation %.4f", step, entry["score"])
+        if entry["spread"] < self.config.mmd.collapse:
+            raise FloatingPointError(
+                f"finetune: collapse at step {step}: samples spread {entry['spread']:.2f} times "
+                f"as far as real ones, below --config.mmd.collapse={self.config.mmd.collapse:g}; "
+                f"the snapshot of step {checkpoints.latest_step(self.workdir.checkpoints)} is kept"
+            )
+        # Step 0 is the base itself: a score to beat, not a snapshot.
+        if keep or (step and entry["score"] <= best):
+            self._save(params, step)
+
+    def _save(self, params: Any, step: int) -> None:
+        snapshot = TrainState(step=jnp.int32(step), params=_final(params), opt_state=(), ema=None)
+        with checkpoints.open_manager(self.workdir.checkpoints, keep=1) as manager:
+            data = {"record": self.record, "validation": self.history}
+            checkpoints.save(
+                manager, step, snapshot, data=data, config=to_json(self.config), force=True
+            )
+
+    def _earlier(self) -> list[dict[str, float]]:
+        """What an interrupted run had measured up to its snapshot."""
+        if checkpoints.latest_step(self.workdir.checkpoints) is None:
+            return []
+        with checkpoints.open_manager(self.workdir.checkpoints, keep=1) as manager:
+            saved = checkpoints.read_json(manager, checkpoints.DATA)
+        return saved["validation"] if saved["record"] == self.record else []
+
+
+def _final(params: Any) -> Any:
+    """What a snapshot holds: low-rank updates merged, a trained grid or offset beside."""
+    extra = dict(params.get(mmd.FEW_STEP, {}))
+    if "lora" not in extra:
+        return params
+    plain, _ = mmd.deploy({**params, mmd.FEW_STEP: {"lora": extra.pop("lora")}})
+    return {**plain, mmd.FEW_STEP: extra} if extra else plain
