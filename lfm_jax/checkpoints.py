@@ -357,10 +357,13 @@ def load_release(folder: epath.PathLike) -> Any:
 
 
 def fingerprint(tree: Any) -> str:
-    """sha256 over the names, shapes, dtypes and bytes of a tree of host arrays."""
+    """sha256 over the names, shapes, dtypes and bytes of a tree of arrays, on host or devices.
+
+    Those on devices, gathered over processes, come to the host one at a time.
+    """
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        array = np.ascontiguousarray(leaf)
+        array = np.ascontiguousarray(sharding.fetch(leaf) if isinstance(leaf, jax.Array) else leaf)
         digest.update(f"{jax.tree_util.keystr(path)} {array.shape} {array.dtype}".encode())
         digest.update(array.tobytes())
     return digest.hexdigest()

@@ -17,12 +17,13 @@ import numpy as np
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from lfm_jax import checkpoints, sharding
+from lfm_jax import sharding
 from lfm_jax.config import to_json
 from lfm_jax.data import image_batches
 from lfm_jax.errors import UserError
 from lfm_jax.jobs import build, takeover
 from lfm_jax.jobs.fit import fit
+from lfm_jax.models import count_params
 from lfm_jax.optim import adamw, learning_rate
 from lfm_jax.state import create_state, make_step
 from lfm_jax.vae import (
@@ -108,12 +109,12 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
         save_every=config.train.save_every,
         skip_nonfinite=skips,
     )
-    params = checkpoints.load_params(workdir.autoencoder / "checkpoints")
+    params = sharding.fetch(state.best_params)
     params = params.get("autoencoder", params)
     scale, shift = _measure_scale(model, params, source)
     return {
         **figures,
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        "parameters": count_params(params),
         "latent_shift": shift,
         "latent_scale": scale,
     }

@@ -16,6 +16,7 @@ from lfm_jax.flow import draw_latents, interpolate, noisy_classifier_loss
 from lfm_jax.jobs import build
 from lfm_jax.jobs.fit import fit
 from lfm_jax.jobs.judge import spread
+from lfm_jax.models import count_params
 from lfm_jax.optim import adamw, learning_rate
 from lfm_jax.state import create_state, make_step
 from lfm_jax.vae import from_uint8
@@ -57,7 +58,7 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     loss = noisy_classifier_loss(
         model, scale=codec.scale, shift=codec.shift, mirror=config.train.mirror
     )
-    _, figures = fit(
+    state, figures = fit(
         "classifier",
         state,
         make_step(loss, tx, key, ema_decay=0.999),
@@ -76,10 +77,10 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
         log_every=section.log_every,
         save_every=section.save_every,
     )
-    params = checkpoints.load_params(folder(workdir))
+    params = sharding.fetch(state.best_params)
     return {
         **figures,
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        "parameters": count_params(params),
         "accuracy_over_t": _accuracies(config, codec, model, params, key),
         "checkpoint": checkpoints.fingerprint(params),
     }

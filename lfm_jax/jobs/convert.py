@@ -17,6 +17,7 @@ from lfm_jax import checkpoints, sharding
 from lfm_jax.config import to_json
 from lfm_jax.errors import UserError
 from lfm_jax.jobs import build, origin
+from lfm_jax.models import count_params
 from lfm_jax.state import create_state
 from lfm_jax.weights import Imported, import_torch
 from lfm_jax.workdir import Workdir
@@ -67,7 +68,7 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
         **told,
         "network": {"name": imported.name, **fields, "num_classes": classes},
         "t_max": imported.t_max,
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(imported.params)),
+        "parameters": count_params(imported.params),
         "checkpoint": checkpoints.fingerprint(imported.params),
     }
 
