@@ -1,8 +1,8 @@
 """Move images across the boundary of an attribute: fit, cross once, go on sampling. No training.
 
 Everything that is chosen (the boundary, the mixing time, the strength) is chosen on training images
-alone. Writes ``DIR/edit/``: ``boundary_<n>_<space>.npz`` of each
-attribute, ``mixing.json`` and ``mixing.png``, ``edited.npz``, ``strips.png``, ``grid.png``.
+alone. Writes ``DIR/edit/``: ``boundary_<n>_<space>.npz`` of each attribute, ``mixing.json`` and
+``mixing.png``, ``edited.npz``, ``strips.png``, ``grid.png``.
 """
 
 import io
@@ -16,24 +16,14 @@ from ml_collections import ConfigDict
 from lfm_jax import checkpoints, sharding
 from lfm_jax.boundary import load_boundary, save_boundary
 from lfm_jax.boundary.crossing import fit_space, place
-from lfm_jax.boundary.editor import Editor
-from lfm_jax.boundary.hyperplane import MIN_SIDE, Boundary, check_sides
-from lfm_jax.boundary.judges import (
-    Judge,
-    split_sides,
-)
+from lfm_jax.boundary.hyperplane import MIN_SIDE, check_sides
+from lfm_jax.boundary.judges import Judge, split_sides
 from lfm_jax.boundary.measure import flip_rate, leakage, monotonicity, pixel_distance, psnr
 from lfm_jax.boundary.pictures import mixing_picture
-from lfm_jax.boundary.search import (
-    Examples,
-    away,
-    edit_curve,
-    search_time,
-    smallest_strength,
-)
-from lfm_jax.data import ImageSource
+from lfm_jax.boundary.search import Examples, away, edit_curve, search_time, smallest_strength
 from lfm_jax.errors import UserError
 from lfm_jax.jobs import build, origin
+from lfm_jax.jobs.edit_states import cross_sources, fit_states
 from lfm_jax.jobs.editing import (
     base,
     crossing,
@@ -46,7 +36,6 @@ from lfm_jax.jobs.editing import (
 from lfm_jax.workdir import Workdir
 from lfm_jax.writers import image_grid, save_image, write_bytes, write_json
 
-_MOST_SAMPLED = 300  # generated samples for the comparison of sources
 FLIP_LEVEL = 0.85  # of the validation images: what the chosen strength must flip
 
 
@@ -125,7 +114,7 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
         if loaded is not None:
             boundaries.append({parts[0]: loaded})
             break
-        states, own = _fit_states(editor, config, judge, train, fitted if number == 0 else None, t)
+        states, own = fit_states(editor, config, judge, train, fitted if number == 0 else None, t)
         options = {"method": section.method, "cost": section.cost, "seed": section.seed}
         boundary = fit_space(
             way.space,
@@ -152,7 +141,7 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
             "spread": one.spread,
         }
     if "z" in parts and loaded is None:
-        quality["cross"] = _cross(editor, config, judges[0], fitted, validation, t)
+        quality["cross"] = cross_sources(editor, config, judges[0], fitted, validation, t)
 
     # ---- how far, on the validation images
     curve = edit_curve(editor, way, boundaries, judges[0], validation, there, t, magnitudes(config))
@@ -216,64 +205,6 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
         "seconds": {"fit": fit_seconds, "per_image_and_strength": seconds},
         "eta": section.eta,
     }
-
-
-# ---- states to fit on
-
-
-def _fit_states(
-    editor: Editor, config: ConfigDict, judge: Judge, train: ImageSource, fitted, t: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """States at `t` to fit on, from the source that the config names, with their sides."""
-    section = config.edit
-    if section.source == "sampled":
-        return _sampled_states(editor, judge, section.num_fit, t)
-    if fitted is None:
-        indices, sides = split_sides(
-            judge, train, count=section.num_fit, held_out=0, seed=section.seed
-        )[0]
-        fitted = of_source(editor, train, indices, sides)
-    if section.source == "noised":
-        return editor.noised(fitted.latents, t, positions=fitted.positions), fitted.sides
-    return editor.invert(fitted.latents, t), fitted.sides
-
-
-def _sampled_states(editor: Editor, judge: Judge, count: int, t: float):
-    """States of generated samples with the sides that the judge sees in their images."""
-    states, ends = editor.sampled(np.arange(count), (t,))
-    images = editor.decode(ends)
-    kept = judge.belongs(images)
-    return states[0][kept], np.where(judge.score(images) > 0, 1, -1)[kept]
-
-
-def _cross(editor, config, judge, fitted: Examples, validation: Examples, t: float):
-    """Accuracy and AUC in z of a boundary of each source on held-out states of each."""
-    from lfm_jax.boundary import fit
-
-    section = config.edit
-    made = _sampled_states(editor, judge, min(section.num_fit, _MOST_SAMPLED), t)
-    half = len(made[1]) // 2
-    data = {
-        "inverted": (
-            (editor.invert(fitted.latents, t), fitted.sides),
-            (editor.invert(validation.latents, t), validation.sides),
-        ),
-        "noised": tuple(
-            (editor.noised(x.latents, t, positions=x.positions), x.sides)
-            for x in (fitted, validation)
-        ),
-        "sampled": tuple(
-            (made[0][part], made[1][part]) for part in (slice(half), slice(half, None))
-        ),
-    }
-    table = {}
-    for name, (train, _) in data.items():
-        try:
-            boundary: Boundary = fit(*train, method=section.method, cost=section.cost)
-            table[name] = {other: boundary.measure(*held) for other, (_, held) in data.items()}
-        except UserError as error:  # too few samples of a side are no mistake of the user's
-            table[name] = {"left_out": str(error)}
-    return table
 
 
 # ---- figures and pictures

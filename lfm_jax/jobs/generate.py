@@ -6,34 +6,21 @@ are row-wise. So neither the batch size nor the topology changes a sample.
 
 import dataclasses
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
-from etils import epath
 from jax.sharding import Mesh
 from jaxtyping import Int
 from ml_collections import ConfigDict
 
-from lfm_jax import mmd, rng, sharding
-from lfm_jax.conditions import Condition, encoded, guided
+from lfm_jax import rng, sharding
 from lfm_jax.errors import UserError
-from lfm_jax.flow import (
-    SDE_METHODS,
-    SOLVERS,
-    NetworkVelocity,
-    classifier_free,
-    sample,
-    sample_sde,
-    slerp,
-    trajectory,
-)
-from lfm_jax.jobs import build, guide
+from lfm_jax.flow import SDE_METHODS, SOLVERS
+from lfm_jax.jobs import build, guide, solve
 from lfm_jax.jobs import condition as conditions
-from lfm_jax.models import Cond
-from lfm_jax.vae import Codec, to_uint8
+from lfm_jax.vae import Codec
 from lfm_jax.workdir import Workdir
 
 
@@ -116,7 +103,7 @@ class Generator:
         classes = self._place(labels, np.int32) if self.num_classes else None
         codec = self.codec if decode else None
         inputs = self._inputs(indices)
-        made = _generate(self._static(), codec, params, places, classes, inputs, self.beside)
+        made = solve.generate(self._plan(), codec, params, places, classes, inputs, self.beside)
         images, latents, stats = sharding.fetch(made)
         # Per-sample counts lose the filling-up too; totals have no axis.
         stats = {k: v[:n] if v.ndim else v for k, v in stats.items()}
@@ -134,8 +121,8 @@ class Generator:
         places = self._place(indices, np.uint32)
         classes = self._place(labels, np.int32) if self.num_classes else None
         inputs = self._inputs(indices)
-        states = _snapshots(
-            self._static(), count, self.codec, params, places, classes, inputs, self.beside
+        states = solve.snapshots(
+            self._plan(), count, self.codec, params, places, classes, inputs, self.beside
         )
         return tuple(x[:, : len(indices)].swapaxes(0, 1) for x in sharding.fetch(states))
 
@@ -152,8 +139,8 @@ class Generator:
         """
         first, second = (self._place(indices, np.uint32) for indices in ends)
         classes = self._place(labels, np.int32) if self.num_classes else None
-        images = _between(
-            self._static(),
+        images = solve.between(
+            self._plan(),
             self.codec,
             params,
             (first, second, self._place(weights, np.float32)),
@@ -174,8 +161,8 @@ class Generator:
         places = rows(np.zeros(1, np.uint32))
         classes = rows(np.zeros(1, np.int32)) if self.num_classes else None
         inputs = {} if self.given is None else jax.tree.map(rows, self.given.inputs([0]))
-        return _generate.lower(
-            self._static(), self.codec, params, places, classes, inputs, self.beside
+        return solve.generate.lower(
+            self._plan(), self.codec, params, places, classes, inputs, self.beside
         )
 
     def _inputs(self, indices: Sequence[int] | np.ndarray) -> dict[str, jax.Array]:
@@ -193,120 +180,20 @@ class Generator:
         placement = sharding.batch_sharding(self.mesh)
         return jax.make_array_from_callback(values.shape, placement, lambda i: values[i])
 
-    def _static(self) -> tuple:
-        """The hashable part, on which the program is compiled."""
-        return (
-            self.model,
-            self.latent_shape,
-            self.num_classes,
-            self.seed,
-            tuple(self.guidance.items()),
-            tuple(self.solver.items()),
-            None if self.given is None else (self.given.condition, self.condition_guidance),
-            tuple(self.beyond.items()),
+    def _plan(self) -> solve.Plan:
+        condition = None
+        if self.given is not None:
+            condition = (self.given.condition, self.condition_guidance)
+        return solve.Plan(
+            model=self.model,
+            latent_shape=self.latent_shape,
+            num_classes=self.num_classes,
+            seed=self.seed,
+            guidance=tuple(self.guidance.items()),
+            solver=tuple(self.solver.items()),
+            beyond=tuple(self.beyond.items()),
+            condition=condition,
         )
-
-
-def _start(
-    static: tuple, params: Any, indices: Any, labels: Any, inputs: dict, beside: guide.Helpers
-) -> tuple[Any, Any, dict]:
-    """The guided velocity, the noise of these samples, and the solver's options."""
-    model, latent_shape, num_classes, seed, guidance, solver, condition, beyond = static
-    solver, guidance = dict(solver), dict(guidance)
-    if mmd.is_few_step(params):
-        params, trained, guidance["scale"] = mmd.deploy_sampler(
-            params, num_steps=solver["num_steps"], guidance=guidance["scale"]
-        )
-        solver["trained_solver"] = trained
-    keys = rng.stream_keys(jax.random.key(seed), rng.Stream.SAMPLE, indices)
-    noise = rng.normal(keys, latent_shape)
-    cond = Cond(label=labels)
-    if condition is not None:
-        keep = jax.numpy.ones(indices.shape, bool)
-        cond = encoded(condition[0], params, inputs, keep).replace(label=labels)
-    velocity = network = NetworkVelocity(params=params, cond=cond, model=model, t_max=model.t_max)
-    beyond, how = dict(beyond), {k: v for k, v in guidance.items() if k != "scale"}
-    rescale = beyond.pop("rescale", 0.0)
-    if condition is not None:
-        velocity = _guide(velocity, *condition, inputs, num_classes, guidance)
-    elif num_classes:
-        velocity = classifier_free(velocity, num_classes=num_classes, rescale=rescale, **guidance)
-    if beyond:
-        velocity = guide.further(
-            velocity, network, beside, labels, **how, rescale=rescale, **beyond
-        )
-    return velocity, noise, solver
-
-
-def _guide(
-    velocity: NetworkVelocity,
-    condition: Condition,
-    condition_scale: float,
-    inputs: dict,
-    num_classes: int,
-    guidance: dict[str, Any],
-) -> Any:
-    """Guidance by the condition and by the class."""
-    keep = jax.numpy.zeros(next(iter(inputs.values())).shape[0], bool)
-    return guided(
-        velocity,
-        encoded(condition, velocity.params, inputs, keep),
-        condition_scale=condition_scale,
-        label_scale=guidance.pop("scale"),
-        num_classes=num_classes,
-        **guidance,
-    )
-
-
-@partial(jax.jit, static_argnums=0)
-def _generate(static: tuple, codec: Codec | None, params: Any, indices, labels, inputs, beside):
-    velocity, noise, solver = _start(static, params, indices, labels, inputs, beside)
-    latents, stats = _solve(velocity, noise, indices, static, solver)
-    images = latents[..., :0] if codec is None else to_uint8(codec.decode(latents))
-    return images, latents, stats
-
-
-@partial(jax.jit, static_argnums=0)
-def _between(static: tuple, codec: Codec, params: Any, places, labels, inputs, beside):
-    first, second, weights = places
-    velocity, noise, solver = _start(static, params, first, labels, inputs, beside)
-    other = rng.normal(
-        rng.stream_keys(jax.random.key(static[3]), rng.Stream.SAMPLE, second), static[1]
-    )
-    latents, _ = _solve(velocity, slerp(noise, other, weights), first, static, solver)
-    return to_uint8(codec.decode(latents))
-
-
-def _solve(velocity, noise, indices, static: tuple, solver: dict) -> tuple[Any, dict]:
-    """The sampler's own solve, or the stochastic or trained one of a few-step sampler."""
-    eta, trained = solver.pop("eta"), solver.pop("trained_solver", None)
-    if method := solver.pop("sde", ""):
-        keys = rng.stream_keys(jax.random.key(static[3]), rng.Stream.SDE, indices)
-        fixed = {key: solver[key] for key in ("num_steps", "grid")}
-        return sample_sde(velocity, noise, keys, method=method, eta=eta, **fixed)
-    if solver["solver"] != "ddim" and trained is None:
-        return sample(velocity, noise, **solver)
-    fixed = {key: solver[key] for key in ("solver", "num_steps", "grid")}
-    keys = rng.stream_keys(jax.random.key(static[3]), rng.Stream.SDE, indices)
-    return mmd.generate(
-        velocity, noise, eta=eta, keys=keys, trained_solver=trained, differentiable=False, **fixed
-    )
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _snapshots(
-    static: tuple, count: int, codec: Codec, params: Any, indices, labels, inputs, beside
-):
-    velocity, noise, solver = _start(static, params, indices, labels, inputs, beside)
-    fixed = {key: solver[key] for key in ("solver", "num_steps", "grid")}
-    grid = solver["grid"]
-    stops = solver["num_steps"] + 1 if isinstance(grid, str) else len(grid)
-    path = trajectory(velocity, noise, count=min(count, stops), **fixed)
-
-    def pictures(latents):
-        return jax.lax.map(lambda z: to_uint8(codec.decode(z)), latents)
-
-    return pictures(path["x"]), pictures(path["data"])
 
 
 def _check_solver(section: ConfigDict) -> None:
@@ -374,9 +261,3 @@ def class_names(config: ConfigDict, *, most: int = 10) -> list[str]:
     """Names of the first classes, for the rows of a grid; empty for an unconditional model."""
     shown = min(config.data.num_classes, most)
     return list(build.images(config, "train").class_names[:shown]) if shown else []
-
-
-def load_samples(path: epath.PathLike) -> dict[str, np.ndarray]:
-    """The arrays of a samples file; no pickled object is ever loaded."""
-    with epath.Path(path).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-        return dict(arrays)

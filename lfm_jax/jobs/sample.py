@@ -23,7 +23,7 @@ from lfm_jax.evaluate import write_samples
 from lfm_jax.flow import describe_failure
 from lfm_jax.jobs import build, guide, pictures, watch
 from lfm_jax.jobs.condition import Given, given_grid
-from lfm_jax.jobs.generate import Generator, load_samples, sample_labels
+from lfm_jax.jobs.generate import Generator, sample_labels
 from lfm_jax.workdir import Workdir
 from lfm_jax.writers import save_image, write_bytes
 
@@ -176,18 +176,18 @@ def _join(
     given: Given | None,
 ) -> dict[str, float]:
     """One file and one picture of all parts; the mean counts of the solver."""
-    section, count, first = config.sample, config.sample.num_samples, load_samples(paths[0])
+    section, count, first = config.sample, config.sample.num_samples, _load(paths[0])
 
     def parts(name: str) -> Iterator[np.ndarray]:
         for path in paths:
-            yield load_samples(path)[name]
+            yield _load(path)[name]
 
     def pick(indices: np.ndarray) -> np.ndarray:
         """Some images, opening the parts that hold them one at a time."""
         found = np.empty((len(indices), *first["images"].shape[1:]), np.uint8)
         part = indices // section.batch_size
         for number in np.unique(part):
-            images = load_samples(paths[number])["images"]
+            images = _load(paths[number])["images"]
             found[part == number] = images[indices[part == number] % section.batch_size]
         return found
 
@@ -211,9 +211,7 @@ def _join(
             _write_images(workdir.samples / folder, images, jpeg=quality)
     # Each part counts by its size: the last one may be shorter.
     sizes = [min(section.batch_size, count - i * section.batch_size) for i in range(len(paths))]
-    means = {
-        name: [load_samples(path)[name] for path in paths] for name in ("nfe", "network_calls")
-    }
+    means = {name: [_load(path)[name] for path in paths] for name in ("nfe", "network_calls")}
     return {name: float(np.average(values, weights=sizes)) for name, values in means.items()}
 
 
@@ -225,6 +223,12 @@ def _npz(**arrays: Any) -> bytes:
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     return buffer.getvalue()
+
+
+def _load(path: epath.PathLike) -> dict[str, np.ndarray]:
+    """The arrays of a part; no pickled object is ever loaded."""
+    with epath.Path(path).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+        return dict(arrays)
 
 
 def _write_images(folder: epath.Path, images: Iterator[np.ndarray], *, jpeg: int) -> None:

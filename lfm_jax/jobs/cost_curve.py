@@ -1,0 +1,94 @@
+"""Quality over cost: the Frechet distance of samples from the same noises, by solver setting."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from lfm_jax import sharding
+from lfm_jax.errors import UserError
+from lfm_jax.evaluate import frechet_of, metric_name
+from lfm_jax.flow import SOLVERS
+from lfm_jax.jobs import build
+from lfm_jax.jobs.generate import Generator, sample_labels
+from lfm_jax.jobs.judge import Look, judge, of_array, of_source, spread
+from lfm_jax.jobs.watch import write_curve
+from lfm_jax.workdir import Workdir
+
+
+def curve(
+    config: ConfigDict, workdir: Workdir, params: Any, settings: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """The Frechet distance of samples from the same noises, a row a solver's setting."""
+    section = config.diagnose
+    extractor, _ = judge(config, workdir)
+    look = Look(extractor=extractor)
+    test = build.images(config, "test")
+    held_out = spread(len(test), min(config.evaluate.num_real, len(test)))
+    real = look(of_source(test, held_out), len(held_out), "held-out real")
+    generator = Generator.from_config(config, workdir)
+    params = jax.device_put(params, sharding.state_sharding(params, generator.mesh))
+    labels = sample_labels(config)
+    name, rows, points = metric_name(real), [], {}
+    for setting in settings:
+        one = dataclasses.replace(generator, solver=generator.solver | setting)
+        images, stats = _samples(one, params, labels, section.curve_samples, config)
+        fake = look(of_array(images), len(images), _told(setting))
+        value = frechet_of(fake.statistics, real.statistics)
+        rows.append({"setting": _told(setting), **stats, name: value})
+        points.setdefault(setting["solver"], []).append([stats["nfe"], value])
+    if sharding.is_main_process():
+        for solver, line in points.items():
+            write_curve(workdir, f"{name} ({solver}) over NFE", sorted(line))
+    return {
+        "curve": rows,
+        "metric": name,
+        "curve_samples": section.curve_samples,
+        "num_real": len(held_out),
+        "guidance": config.sample.guidance,
+    }
+
+
+def _samples(
+    generator: Generator, params: Any, labels: np.ndarray | None, count: int, config: ConfigDict
+) -> tuple[np.ndarray, dict[str, float]]:
+    size = min(config.sample.batch_size, count)
+    images, counts = [], {"nfe": [], "network_calls": []}
+    for start in range(0, count, size):
+        indices = np.arange(start, start + size)
+        chosen = None if labels is None else labels[indices % len(labels)]
+        made, _, stats = generator(params, indices, chosen)
+        images.append(made)
+        for key, values in counts.items():
+            values.append(np.mean(stats[key]))
+    means = {key: float(np.mean(values)) for key, values in counts.items()}
+    return np.concatenate(images)[:count], means
+
+
+def setting_of(text: str) -> dict[str, Any]:
+    """``solver:steps`` or, with a number below 1, ``solver:tolerance``."""
+    name, _, number = text.partition(":")
+    try:
+        value = float(number)
+    except ValueError:
+        value = 0.0
+    adaptive = 0 < value < 1
+    if name not in SOLVERS or not (adaptive or (value >= 1 and value == int(value))):
+        raise UserError(
+            f"--config.diagnose.curve={text}: expected a solver and its steps or tolerance, like "
+            f"heun:8 or dopri5:1e-3; solvers are {', '.join(SOLVERS)}"
+        )
+    if adaptive and not SOLVERS[name].adaptive:
+        raise UserError(
+            f"--config.diagnose.curve={text}: {name} has no error estimate; expected its steps"
+        )
+    tolerance = value if adaptive else None
+    steps = 1 if adaptive else int(value)
+    return {"solver": name, "num_steps": steps, "rtol": tolerance, "atol": tolerance}
+
+
+def _told(setting: dict[str, Any]) -> str:
+    how = f"rtol {setting['rtol']:g}" if setting["rtol"] else f"{setting['num_steps']} steps"
+    return f"{setting['solver']}, {how}"

@@ -1,0 +1,148 @@
+"""The compiled programs behind `lfm_jax.jobs.generate`: noise, guidance, solve, decode.
+
+Each takes first the `Plan` that it is compiled for, then arrays: other parameters, or as many other
+indices and labels, do not compile again.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from lfm_jax import mmd, rng
+from lfm_jax.conditions import Condition, encoded, guided
+from lfm_jax.flow import NetworkVelocity, classifier_free, sample, sample_sde, slerp, trajectory
+from lfm_jax.jobs import guide
+from lfm_jax.models import Cond
+from lfm_jax.vae import Codec, to_uint8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a program is compiled for; hashable.
+
+    Attributes:
+        model, latent_shape, num_classes: the network and what it is sampled on.
+        seed: of all noise.
+        guidance, solver, beyond: options as items: of classifier-free guidance, of the solve, of
+            guidance by further networks.
+        condition: beside the class, with the scale of its guidance.
+    """
+
+    model: nn.Module
+    latent_shape: tuple[int, int, int]
+    num_classes: int
+    seed: int
+    guidance: tuple[tuple[str, Any], ...]
+    solver: tuple[tuple[str, Any], ...]
+    beyond: tuple[tuple[str, Any], ...] = ()
+    condition: tuple[Condition, float | int] | None = None
+
+    def keys(self, stream: rng.Stream, indices: Any) -> jax.Array:
+        """One key a sample: a function of the seed and its index alone."""
+        return rng.stream_keys(jax.random.key(self.seed), stream, indices)
+
+
+def _start(
+    plan: Plan, params: Any, indices: Any, labels: Any, inputs: dict, beside: guide.Helpers
+) -> tuple[Any, Any, dict]:
+    """The guided velocity, the noise of these samples, and the solver's options."""
+    solver, guidance, beyond = dict(plan.solver), dict(plan.guidance), dict(plan.beyond)
+    if mmd.is_few_step(params):
+        params, trained, guidance["scale"] = mmd.deploy_sampler(
+            params, num_steps=solver["num_steps"], guidance=guidance["scale"]
+        )
+        solver["trained_solver"] = trained
+    noise = rng.normal(plan.keys(rng.Stream.SAMPLE, indices), plan.latent_shape)
+    cond = Cond(label=labels)
+    if plan.condition is not None:
+        keep = jax.numpy.ones(indices.shape, bool)
+        cond = encoded(plan.condition[0], params, inputs, keep).replace(label=labels)
+    velocity = network = NetworkVelocity(
+        params=params, cond=cond, model=plan.model, t_max=plan.model.t_max
+    )
+    how = {k: v for k, v in guidance.items() if k != "scale"}
+    rescale = beyond.pop("rescale", 0.0)
+    if plan.condition is not None:
+        velocity = _guide(velocity, *plan.condition, inputs, plan.num_classes, guidance)
+    elif plan.num_classes:
+        velocity = classifier_free(
+            velocity, num_classes=plan.num_classes, rescale=rescale, **guidance
+        )
+    if beyond:
+        velocity = guide.further(
+            velocity, network, beside, labels, **how, rescale=rescale, **beyond
+        )
+    return velocity, noise, solver
+
+
+def _guide(
+    velocity: NetworkVelocity,
+    condition: Condition,
+    condition_scale: float,
+    inputs: dict,
+    num_classes: int,
+    guidance: dict[str, Any],
+) -> Any:
+    """Guidance by the condition and by the class."""
+    keep = jax.numpy.zeros(next(iter(inputs.values())).shape[0], bool)
+    return guided(
+        velocity,
+        encoded(condition, velocity.params, inputs, keep),
+        condition_scale=condition_scale,
+        label_scale=guidance.pop("scale"),
+        num_classes=num_classes,
+        **guidance,
+    )
+
+
+@partial(jax.jit, static_argnums=0)
+def generate(plan: Plan, codec: Codec | None, params: Any, indices, labels, inputs, beside):
+    """Images (none without a codec), scaled latents and the solver's counts of samples."""
+    velocity, noise, solver = _start(plan, params, indices, labels, inputs, beside)
+    latents, stats = _solve(velocity, noise, indices, plan, solver)
+    images = latents[..., :0] if codec is None else to_uint8(codec.decode(latents))
+    return images, latents, stats
+
+
+@partial(jax.jit, static_argnums=0)
+def between(plan: Plan, codec: Codec, params: Any, places, labels, inputs, beside):
+    """Images from noises between those of two samples; `places` are both and the weights."""
+    first, second, weights = places
+    velocity, noise, solver = _start(plan, params, first, labels, inputs, beside)
+    other = rng.normal(plan.keys(rng.Stream.SAMPLE, second), plan.latent_shape)
+    latents, _ = _solve(velocity, slerp(noise, other, weights), first, plan, solver)
+    return to_uint8(codec.decode(latents))
+
+
+def _solve(velocity, noise, indices, plan: Plan, solver: dict) -> tuple[Any, dict]:
+    """The sampler's own solve, or the stochastic or trained one of a few-step sampler."""
+    eta, trained = solver.pop("eta"), solver.pop("trained_solver", None)
+    if method := solver.pop("sde", ""):
+        keys = plan.keys(rng.Stream.SDE, indices)
+        fixed = {key: solver[key] for key in ("num_steps", "grid")}
+        return sample_sde(velocity, noise, keys, method=method, eta=eta, **fixed)
+    if solver["solver"] != "ddim" and trained is None:
+        return sample(velocity, noise, **solver)
+    fixed = {key: solver[key] for key in ("solver", "num_steps", "grid")}
+    keys = plan.keys(rng.Stream.SDE, indices)
+    return mmd.generate(
+        velocity, noise, eta=eta, keys=keys, trained_solver=trained, differentiable=False, **fixed
+    )
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def snapshots(plan: Plan, count: int, codec: Codec, params: Any, indices, labels, inputs, beside):
+    """Decoded states along the way, and the estimates of the data there."""
+    velocity, noise, solver = _start(plan, params, indices, labels, inputs, beside)
+    fixed = {key: solver[key] for key in ("solver", "num_steps", "grid")}
+    grid = solver["grid"]
+    stops = solver["num_steps"] + 1 if isinstance(grid, str) else len(grid)
+    path = trajectory(velocity, noise, count=min(count, stops), **fixed)
+
+    def pictures(latents):
+        return jax.lax.map(lambda z: to_uint8(codec.decode(z)), latents)
+
+    return pictures(path["x"]), pictures(path["data"])
