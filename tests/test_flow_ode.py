@@ -148,6 +148,20 @@ def test_other_parameters_do_not_compile_again():
     assert float(jnp.abs(first - second).max()) > 0.1
 
 
+@pytest.mark.parametrize("steps", ["fixed", "differentiated", "adaptive"])
+def test_no_solve_calls_back_into_python(steps):
+    """A program that does is kept in no compilation cache."""
+
+    def end(noise):
+        if steps == "adaptive":
+            return sample(GAUSSIAN, noise, solver="dopri5", rtol=1e-3, atol=1e-3)[0].sum()
+        differentiated = steps == "differentiated"
+        return sample(GAUSSIAN, noise, num_steps=4, differentiable=differentiated)[0].sum()
+
+    program = jax.grad(end) if steps == "differentiated" else end
+    assert "callback" not in jax.jit(program).lower(NOISE).as_text()
+
+
 @pytest.mark.parametrize("solver", ["euler", "ab2", "exp2", "heun", "rk4", "dopri5"])
 def test_gradient_through_the_solve_is_that_of_a_loop_by_hand(solver):
     def end(std, differentiable):

@@ -1,7 +1,7 @@
 """One ODE solve of ``dx/dt = v(x, t)`` through diffrax, along given times or by error control.
 
 Built so that a fixed-step solve costs what a hand-written loop costs: the times are compiled in
-(`StepTo`), nothing is thrown inside the program, and for inference the loop is a plain while loop.
+(`_Times`), nothing is thrown inside the program, and for inference the loop is a plain while loop.
 The velocity goes in as `args`: a leaf of it changes, the program does not.
 
 A solve never raises on numbers: `Stats` says from which time on a sample was not finite.
@@ -43,6 +43,20 @@ class Stats:
     steps: Int[Array, " b"]
     finite: Bool[Array, " b"]
     failed_t: Float[Array, " b"]
+
+
+class _Times(diffrax.StepTo):
+    """`diffrax.StepTo` without its checks of the times, which their makers have made.
+
+    They are calls back into Python, and a program with one of those is kept in no compilation cache
+    and compiles for no machine that is not there.
+    """
+
+    def wrap(self, direction):
+        return type(self)(ts=self.ts * direction)
+
+    def init(self, terms, t0, t1, y0, dt0, args, func, error_order):
+        return self.ts[1], 2
 
 
 def velocity_field(t, x, velocity):
@@ -94,7 +108,7 @@ def solve_terms(
         None,
         x,
         args,
-        stepsize_controller=diffrax.StepTo(ts=times),
+        stepsize_controller=_Times(ts=times),
         saveat=diffrax.SaveAt(
             subs=[diffrax.SubSaveAt(t1=True), diffrax.SubSaveAt(steps=1, fn=_rows_finite)]
         ),
@@ -130,7 +144,7 @@ def solve_through(
         None,
         x,
         leaves,
-        stepsize_controller=diffrax.StepTo(ts=times),
+        stepsize_controller=_Times(ts=times),
         saveat=diffrax.SaveAt(ts=times[np.asarray(stops)]),
         adjoint=_adjoint(None),
         max_steps=len(times) - 1,
