@@ -1,6 +1,6 @@
 """Faults injected and survived: kills, damaged storage, hostile files, other machines, async saves.
 
-    python -m benchmarks.reliability kills --folder /tmp/reliability --kills 35
+    python -m benchmarks.reliability kills --folder /tmp/reliability --kills 30
     python -m benchmarks.reliability terms --folder /tmp/reliability --kills 5
     python -m benchmarks.reliability storage --folder /tmp/reliability
     python -m benchmarks.reliability restore --folder /tmp/reliability
@@ -66,7 +66,7 @@ def kills(state: State, flags: argparse.Namespace, number: int = signal.SIGKILL)
     }
     from benchmarks import reliability_kills as matrix
 
-    _import_everything(["pipeline", *matrix.JOBS])
+    _import_everything(["pipeline", *(job.verb for job in matrix.JOBS.values())])
     part = {signal.SIGKILL: "kills", signal.SIGTERM: "terms"}[number]
     jobs = flags.jobs.split(",") if flags.jobs else list(matrix.JOBS)
     base = matrix.make_base(flags.folder)
@@ -97,6 +97,7 @@ def _import_everything(names: list[str]) -> None:
     import tensorflow_datasets  # noqa: F401
 
     from lfm_jax import config_check, jobs, main  # noqa: F401
+    from lfm_jax.jobs import mmd  # noqa: F401
 
     for name in names:
         importlib.import_module(f"lfm_jax.jobs.{jobs.JOBS[name][0]}")
@@ -138,14 +139,14 @@ def restore(state: State, flags: argparse.Namespace) -> None:
 
 def fuzz(state: State, flags: argparse.Namespace) -> None:
     """Malformed inputs for every reader; another call generates others."""
-    from benchmarks import fuzz_readers
+    from benchmarks import fuzz as fuzzing
 
     number = state.counts.get("rounds", {}).get("fuzz", 0)
     state.put("rounds", "fuzz", number + 1)
     with tempfile.TemporaryDirectory() as folder:
-        for reader in fuzz_readers.readers(Path(folder)):
+        for reader in fuzzing.readers(Path(folder)):
             examples = max(1, int(flags.examples * reader.share))
-            found = fuzz_readers.fuzz(reader, examples, 1000 * number + flags.seed)
+            found = fuzzing.fuzz(reader, examples, 1000 * number + flags.seed)
             counts = {key: found[key] for key in ("tried", "refused", "accepted")}
             state.add("fuzz", reader.name, **counts, surprises=len(found["surprises"]))
             print(reader.name, found, flush=True)
@@ -252,7 +253,7 @@ def main() -> None:
     parser.add_argument("part", choices=list(parts))
     parser.add_argument("--folder", type=Path, required=True, help="runs, programs and counts")
     parser.add_argument("--also", type=Path, nargs="*", default=[], help="more such, to record")
-    parser.add_argument("--kills", type=int, default=35, help="at least this many a job")
+    parser.add_argument("--kills", type=int, default=30, help="at least this many a job")
     parser.add_argument("--jobs", default="", help="of the kill matrix; default all")
     parser.add_argument("--examples", type=int, default=10_000, help="malformed inputs a reader")
     parser.add_argument("--steps", type=int, default=200, help="of a window of the overhead")

@@ -1,15 +1,13 @@
 """SIGKILL and SIGTERM at random moments, then the same command again, until it ends: is all equal?
 
 Every attempt is a fork of one process that has imported everything, so that it costs a second or
-two of CPU; it runs `lfm_jax.main` as a shell would. Half of the moments are uniform over the run's
-CPU time, half are armed: the attempt dies when a temporary file or folder of the job is seen, which
-is in the middle of an asynchronous save, of a shard, of a part of the samples, of an export. An
-attempt that ends is compared with the undisturbed run: every array of the last checkpoint by its
-sum, logged losses, bytes of shards, samples and releases, figures of the evaluation.
+two of CPU; it runs `lfm_jax.main` as a shell would. Some of the moments are uniform over the CPU
+time of the job, the others are armed: the attempt dies when a temporary file or folder of the job
+is seen, which is in the middle of an asynchronous save, of a shard, of a part of the samples, of an
+export. Only what dies inside its job is counted: a killed job leaves its lock behind, a terminated
+one exits with 75. An attempt that ends is compared with the undisturbed run.
 """
 
-import dataclasses
-import hashlib
 import json
 import os
 import random
@@ -21,136 +19,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-TINY = (
-    f"--config={ROOT}/configs/digits.py:smoke",
-    "--config.autoencoder.block_out_channels=(8, 8)",
-    "--config.autoencoder.norm_groups=4",
-    "--config.autoencoder.mid_attention=False",
-    "--config.autoencoder.steps=12",
-    "--config.encode.shard_size=200",
-    "--config.model.hidden=16",
-    "--config.model.depth=1",
-    "--config.model.heads=1",
-    "--config.train.steps=24",
-    "--config.train.save_every=4",
-    "--config.train.log_every=3",
-    "--config.train.preview_every=0",
-    "--config.sample.num_samples=24",
-    "--config.sample.batch_size=4",
-    "--config.sample.num_steps=2",
-    "--config.evaluate.extractor=random",
-    "--config.evaluate.metrics=('fd',)",
-)
+from benchmarks.reliability_jobs import JOBS, TINY
+
 MOST_KILLS = 8  # a trial; then it may end
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Killed:
-    """A job of the matrix.
-
-    Attributes:
-        remove: what the job makes, removed from a copy of the finished run before a trial.
-        writing: glob patterns of what is there only while the job writes, and its name in counts.
-        outcome: of a finished workdir, what must be equal to the undisturbed run's.
-    """
-
-    remove: tuple[str, ...]
-    writing: dict[str, str]
-    outcome: Callable[[Path], Any]
-
-
-def _trained(folder: str, job: str) -> Callable[[Path], Any]:
-    def outcome(workdir: Path) -> Any:
-        newest = max((p for p in (workdir / folder).iterdir() if p.name.isdigit()), key=_number)
-        data = json.loads(next(p for p in (newest / "data").iterdir() if p.is_file()).read_text())
-        lines = (workdir / f"logs/{job}.jsonl").read_text().splitlines()
-        curve = [{k: json.loads(line)[k] for k in ("step", "loss", "grad_norm")} for line in lines]
-        return {"step": newest.name, "data": data, "curve": curve, **_figures(workdir, job)}
-
-    return outcome
-
-
-def _number(path: Path) -> int:
-    return int(path.name)
-
-
-def _figures(workdir: Path, job: str) -> dict[str, Any]:
-    result = json.loads((workdir / f"results/{job}.json").read_text())
-    # orbax gives its data files random names.
-    result["files"] = [f for f in result.get("files", []) if not f.startswith("0/")]
-    timed = ("provenance", "seconds", "mfu", "data_wait")
-    kept = {k: v for k, v in result.items() if k not in timed and "per_second" not in k}
-    for split in kept.values():  # encode says how many shards were left to write
-        if isinstance(split, dict):
-            split.pop("shards_written", None)
-    return {k: v for k, v in kept.items() if "_ms_" not in k}
-
-
-def _bytes_of(pattern: str, job: str) -> Callable[[Path], Any]:
-    def outcome(workdir: Path) -> Any:
-        files = sorted(p for p in workdir.glob(pattern) if p.is_file())
-        sums = {str(p.relative_to(workdir)): _sha256(p) for p in files}
-        return {"sums": sums, **_figures(workdir, job)}
-
-    return outcome
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _exported(workdir: Path) -> Any:
-    import numpy as np
-    import orbax.checkpoint as ocp
-
-    params = ocp.StandardCheckpointer().restore(workdir / "release/0/params")
-    digest = hashlib.sha256()
-
-    def add(tree: Any) -> None:
-        for key in sorted(tree):
-            if isinstance(tree[key], dict):
-                add(tree[key])
-            else:
-                digest.update(key.encode() + np.ascontiguousarray(tree[key]).tobytes())
-
-    add(params)
-    return {"orbax": digest.hexdigest(), **_bytes_of("release/*", "export")(workdir)}
-
-
-_SAVE = "*.orbax-checkpoint-tmp*"
-JOBS: dict[str, Killed] = {
-    "train": Killed(
-        remove=("checkpoints", "results/train.json", "logs/train*"),
-        writing={f"checkpoints/{_SAVE}": "asynchronous save"},
-        outcome=_trained("checkpoints", "train"),
-    ),
-    "autoencode": Killed(
-        remove=("autoencoder", "results/autoencode.json", "logs/autoencode*"),
-        writing={f"autoencoder/checkpoints/{_SAVE}": "asynchronous save"},
-        outcome=_trained("autoencoder/checkpoints", "autoencode"),
-    ),
-    "encode": Killed(
-        remove=("latents", "results/encode.json"),
-        writing={"latents/train/.*.tmp": "shard write", "latents/train/.info-*": "description"},
-        outcome=_bytes_of("latents/train/*", "encode"),
-    ),
-    "sample": Killed(
-        remove=("samples", "results/sample.json"),
-        writing={"samples/parts-*/*": "part of the samples", "samples/.*.tmp": "samples file"},
-        outcome=_bytes_of("samples/samples.npz", "sample"),
-    ),
-    "evaluate": Killed(
-        remove=("results/evaluate.json",),
-        writing={"evaluation/*/*": "features on disk", "results/.*.tmp": "result file"},
-        outcome=lambda workdir: _figures(workdir, "evaluate"),
-    ),
-    "export": Killed(
-        remove=("release", "results/export.json"),
-        writing={f"release*/{_SAVE}": "export", "release*/.*.tmp": "release file"},
-        outcome=_exported,
-    ),
-}
+_ARMED = 0.6  # share of the moments
 
 
 # ---- attempts
@@ -181,15 +53,19 @@ def forked(work: Callable[[], Any], log: Path) -> int:
         os._exit(status)
 
 
-def job_in_fork(workdir: Path, job: str, log: Path, extra: tuple[str, ...] = ()) -> int:
+def main_in_fork(arguments: list[str], log: Path) -> int:
     from lfm_jax import main
 
     def work() -> None:
         # ml_collections looks for overrides there and not in what it is given.
-        sys.argv = ["lfm_jax", *TINY, *extra, f"--workdir={workdir}", f"--job={job}"]
+        sys.argv = ["lfm_jax", *arguments]
         main.main(main._parse_flags(sys.argv))
 
     return forked(work, log)
+
+
+def attempt(base: Path, workdir: Path, job: str) -> int:
+    return main_in_fork(JOBS[job].command(base, workdir), workdir / "log")
 
 
 def cpu_seconds(pid: int) -> float:
@@ -200,10 +76,17 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def wait(pid: int) -> tuple[int, float]:
-    """Exit status (negative: the signal) and CPU seconds."""
-    _, status, usage = os.wait4(pid, 0)
-    return os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime
+def in_job(pid: int, workdir: Path) -> bool:
+    """Whether the process has the workdir's lock, or died with it."""
+    try:
+        return (workdir / "lock").read_text().startswith(f"process {pid} ")
+    except FileNotFoundError:
+        return False
+
+
+def wait(pid: int) -> int:
+    """Exit status; negative: the signal."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def ended(pid: int) -> bool:
@@ -213,19 +96,32 @@ def ended(pid: int) -> bool:
 
 
 def undisturbed(base: Path, job: str) -> tuple[Any, float]:
-    """Outcome and CPU seconds of the job when nothing happens to it."""
+    """Outcome of the job when nothing happens to it, and its CPU seconds with compiled programs."""
     kept = base.parent / f"undisturbed-{job}.json"
     if kept.exists():
         known = json.loads(kept.read_text())
         return known["outcome"], known["seconds"]
-    workdir = fresh(base, job)
-    status, seconds = wait(job_in_fork(workdir, job, workdir / "log"))
-    if status:
-        raise SystemExit(f"{job} does not even end undisturbed:\n{(workdir / 'log').read_text()}")
-    known = {"outcome": outcome(workdir, job), "seconds": seconds}
-    kept.write_text(json.dumps(known))
+    workdir = base.parent / f"trial-{job}"
+    outcomes, seconds = [], 0.0
+    for _ in range(2):  # the first one compiles
+        JOBS[job].fresh(base, workdir)
+        pid = attempt(base, workdir, job)
+        began, last = None, 0.0
+        while not ended(pid):
+            last = cpu_seconds(pid)
+            if began is None and in_job(pid, workdir):
+                began = last
+            time.sleep(0.01)
+        if wait(pid):
+            told = (workdir / "log").read_text()
+            raise SystemExit(f"{job} does not even end undisturbed:\n{told}")
+        seconds = last - (began or 0.0)
+        outcomes.append(outcome(workdir, job))
+    if outcomes[0] != outcomes[1]:
+        raise SystemExit(f"{job} undisturbed: {_difference(*outcomes)}")
+    kept.write_text(json.dumps({"outcome": outcomes[0], "seconds": seconds}))
     shutil.rmtree(workdir)
-    return known["outcome"], seconds
+    return outcomes[0], seconds
 
 
 def outcome(workdir: Path, job: str) -> Any:
@@ -235,21 +131,9 @@ def outcome(workdir: Path, job: str) -> Any:
     def work() -> None:
         answer.write_text(json.dumps(JOBS[job].outcome(workdir)))
 
-    status, _ = wait(forked(work, workdir / "log-outcome"))
-    if status:
+    if wait(forked(work, workdir / "log-outcome")):
         return {"error": (workdir / "log-outcome").read_text()[-2000:]}
     return json.loads(answer.read_text())
-
-
-def fresh(base: Path, job: str) -> Path:
-    """A copy of the finished run without what the job makes."""
-    workdir = base.parent / f"trial-{job}"
-    shutil.rmtree(workdir, ignore_errors=True)
-    shutil.copytree(base, workdir)
-    for pattern in JOBS[job].remove:
-        for path in workdir.glob(pattern):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    return workdir
 
 
 def make_base(folder: Path) -> Path:
@@ -257,8 +141,8 @@ def make_base(folder: Path) -> Path:
     base = folder / "base"
     for job in ("pipeline", "export"):
         if not (base / f"results/{job}.json").exists():
-            status, _ = wait(job_in_fork(base, job, folder / "log"))
-            if status:
+            arguments = [*TINY, f"--workdir={base}", f"--job={job}"]
+            if wait(main_in_fork(arguments, folder / "log")):
                 raise SystemExit((folder / "log").read_text()[-4000:])
     return base
 
@@ -269,16 +153,20 @@ def killing(
     """Send the signal at the chosen moment; what was being written then, None if it was too late.
 
     Args:
-        after: CPU seconds; negative: armed, at the first sight of a temporary file.
+        after: CPU seconds inside the job; negative: armed, at the first sight of a temporary file.
     """
-    armed_at = None
+    began, armed_at = None, None
     sights = dice.randint(1, 3)
     seen: set[str] = set()
     while not ended(pid):
+        if began is None:
+            began = cpu_seconds(pid) if in_job(pid, workdir) else None
+            time.sleep(0.002)
+            continue
         now = {str(p): name for pattern, name in JOBS[job].writing.items()
                for p in workdir.glob(pattern)}  # fmt: skip
         if after >= 0:
-            due = cpu_seconds(pid) >= after
+            due = cpu_seconds(pid) - began >= after
         else:
             seen |= set(now)
             if len(seen) >= sights and now and armed_at is None:
@@ -298,26 +186,27 @@ def trial(base: Path, job: str, number: int, dice: random.Random) -> dict[str, A
         "signals" (what was being written at each), "problem" (empty: it survived).
     """
     wanted, seconds = undisturbed(base, job)
-    workdir = fresh(base, job)
-    expected = {signal.SIGKILL: (-signal.SIGKILL,), signal.SIGTERM: (75,)}[number]
+    workdir = base.parent / f"trial-{job}"
+    JOBS[job].fresh(base, workdir)
     signals: list[str] = []
-    for attempt in range(3 * MOST_KILLS):
-        pid = job_in_fork(workdir, job, workdir / "log")
-        hit = None
-        if len(signals) < MOST_KILLS and attempt < 2 * MOST_KILLS:
-            armed = dice.random() < 0.6
-            after = -1.0 if armed else dice.uniform(0, 0.9 * seconds)
-            hit = killing(pid, workdir, job, number, after, dice)
-        status, _ = wait(pid)
-        if hit is not None and status in expected:
-            signals.append(hit)
+    for number_of_attempt in range(3 * MOST_KILLS):
+        pid = attempt(base, workdir, job)
+        moment = None
+        if len(signals) < MOST_KILLS and number_of_attempt < 2 * MOST_KILLS:
+            after = -1.0 if dice.random() < _ARMED else dice.uniform(0, 0.8 * seconds)
+            moment = killing(pid, workdir, job, number, after, dice)
+        status = wait(pid)
+        hit = status == 75 if number == signal.SIGTERM else in_job(pid, workdir)
+        if moment is not None and (hit or status == -number):
+            signals += [moment] if hit else []
         elif status:
             tail = (workdir / "log").read_text()[-1500:]
             return {"signals": signals, "problem": f"exit status {status}: {tail}"}
         else:
             found = outcome(workdir, job)
             problem = "" if found == wanted else f"unequal: {_difference(wanted, found)}"
-            shutil.rmtree(workdir)
+            if not problem:
+                shutil.rmtree(workdir)
             return {"signals": signals, "problem": problem}
     return {"signals": signals, "problem": "it did not end"}
 

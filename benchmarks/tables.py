@@ -3,8 +3,12 @@
     python -m benchmarks.tables            # rewrite every table in place
     python -m benchmarks.tables --check    # exit 1 and name the files that are out of step
 
-A table stands between ``<!-- table: topic [topic ...] -->`` and ``<!-- end of table -->``. All
-figures of the topics are in it, those that do not hold included.
+A table stands between one of these lines and ``<!-- end of table -->``:
+
+    <!-- table: topic [topic ...] -->    all figures of the topics, those that do not hold included
+    <!-- claims -->                      the claims of the papers with their verdicts
+    <!-- claim: letter -->               the figures of one of them
+    <!-- estimates -->                   hours and bytes of the large recipes, by the closed form
 """
 
 import json
@@ -14,10 +18,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks import claims, estimates
 from benchmarks.figures import RESULTS, TOPICS
 
 ROOT = RESULTS.parent.parent
-_BLOCK = re.compile(r"(<!-- table: ([a-z ]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+_BLOCK = re.compile(
+    r"(<!-- (table|claims|claim|estimates)(?:: ([a-z ]+))? -->\n).*?(<!-- end of table -->)",
+    re.DOTALL,
+)
+_HEAD = ["| figure | measured | asked for | holds |", "|---|---|---|---|"]
 
 
 def pages() -> list[Path]:
@@ -38,19 +47,22 @@ def number(value: Any) -> str:
     return f"{value:.3g}"
 
 
+def row(figure: dict[str, Any]) -> str:
+    """One Markdown row a figure."""
+    if figure["op"] == "report":
+        asked, verdict = "", ""
+    else:
+        op = "" if figure["op"] == "between" else f"{figure['op']} "
+        asked, verdict = op + number(figure["bound"]), "yes" if figure["holds"] else "**no**"
+    name = figure["name"].replace("|", "\\|")
+    return f"| {name} | {number(figure['value'])} | {asked} | {verdict} |"
+
+
 def rows(topic: str) -> Iterator[str]:
-    """One Markdown row a figure of the topic."""
+    """The rows of all figures of the topic."""
     path = RESULTS / f"{topic}.json"
-    if not path.exists():
-        return
-    for figure in json.loads(path.read_text())["figures"]:
-        if figure["op"] == "report":
-            asked, verdict = "", ""
-        else:
-            op = "" if figure["op"] == "between" else f"{figure['op']} "
-            asked, verdict = op + number(figure["bound"]), "yes" if figure["holds"] else "**no**"
-        name = figure["name"].replace("|", "\\|")
-        yield f"| {name} | {number(figure['value'])} | {asked} | {verdict} |"
+    if path.exists():
+        yield from map(row, json.loads(path.read_text())["figures"])
 
 
 def table(topics: list[str]) -> str:
@@ -62,13 +74,38 @@ def table(topics: list[str]) -> str:
     if not body:
         return f"No figure of {', '.join(topics)} has been measured yet.\n"
     sources = ", ".join(f"`docs/results/{topic}.json`" for topic in topics)
-    head = ["", "| figure | measured | asked for | holds |", "|---|---|---|---|"]
-    return "\n".join([*head, *body, "", f"Commands, devices and notes: {sources}.", ""])
+    return "\n".join(["", *_HEAD, *body, "", f"Commands, devices and notes: {sources}.", ""])
+
+
+def claim(letter: str) -> str:
+    """The figures of a claim with what was noted of them, and its verdict."""
+    chosen = next(c for c in claims.CLAIMS if c.letter == letter)
+    lines = ["", f"Verdict: {claims.verdict(chosen)}."]
+    told = [figure for test in chosen.tests for figure in test.found()]
+    if told:
+        lines += ["", *_HEAD, *map(row, told)]
+    for test in chosen.tests:
+        if not test.found():
+            name = test.name.removeprefix(f"claim ({letter}):").strip(" :")
+            about = f" ({name})" if name else ""
+            lines += ["", f"Not measured yet: `docs/results/{test.topic}.json`{about}."]
+    return "\n".join([*lines, ""])
 
 
 def updated(text: str) -> str:
     """The page with every table made anew."""
-    return _BLOCK.sub(lambda m: m.group(1) + table(m.group(2).split()) + m.group(3), text)
+
+    def block(match: re.Match) -> str:
+        line, kind, what, end = match.groups()
+        content = {
+            "table": lambda: table(what.split()),
+            "claims": lambda: "\n".join(["", *claims.summary(), ""]),
+            "claim": lambda: claim(what),
+            "estimates": lambda: "\n".join(["", *estimates.table(), ""]),
+        }[kind]()
+        return line + content + end
+
+    return _BLOCK.sub(block, text)
 
 
 def main(arguments: list[str]) -> int:

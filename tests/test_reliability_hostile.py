@@ -14,10 +14,10 @@ import pytest
 from checkout import ROOT
 from PIL import Image
 
+from lfm_jax.checksums import seal
 from lfm_jax.data import CacheWriter, open_cache, open_images
 from lfm_jax.data.folder import open_zip
 from lfm_jax.data.importers import open_store
-from lfm_jax.data.latents import seal
 from lfm_jax.data.pixels import Preprocess
 from lfm_jax.errors import UserError
 from lfm_jax.evaluate import read_reference, read_samples
@@ -247,7 +247,7 @@ def test_labels_that_only_look_like_numbers(tmp_path, label):
 
 def test_every_reader_on_a_few_malformed_files():
     """The night's fuzzing, briefly."""
-    command = [sys.executable, "-m", "benchmarks.fuzz_readers", "--examples", "12"]
+    command = [sys.executable, "-m", "benchmarks.fuzz", "--examples", "12"]
     environment = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH=str(ROOT))
     done = subprocess.run(
         command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False, timeout=500

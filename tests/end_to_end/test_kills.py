@@ -9,7 +9,7 @@ import sys
 import pytest
 from checkout import ROOT
 
-JOBS = ("train", "autoencode", "encode", "sample", "evaluate", "export")
+JOBS = ("train", "mmd", "autoencode", "encode", "sample", "evaluate", "export")
 
 
 def _run(part: str, kills: int, folder, jobs=JOBS) -> dict:
