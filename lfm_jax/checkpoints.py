@@ -3,24 +3,17 @@
 A step folder holds three items: ``state`` (arrays, sharded as they were), ``data`` (JSON: where the
 data stream stands) and ``config`` (JSON). Saves are asynchronous and become visible when whole.
 
-Storage damages what it keeps, and compressed arrays with a flipped bit often still decode. So the
-``data`` item carries a sum of every array, taken on the devices before the save and compared after
-a restore, on whatever devices that is: over the elements' bits b_i as integers,
-
-    sum_i b_i w_i  mod 2^32,   w_i = i 2654435761 mod 2^32 with its lowest bit set
-
-Integers add up to the same in any order and sharding, and odd weights let no single flipped bit
-through. The newest checkpoint that passes is used; newer ones are set aside, never deleted.
+The ``data`` item carries a sum of every array (`lfm_jax.checksums`), taken on the devices before a
+save and compared after a restore, on whatever devices that is. The newest checkpoint that passes is
+used; newer ones are set aside, never deleted.
 """
 
 import hashlib
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
@@ -28,12 +21,11 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from lfm_jax import sharding
+from lfm_jax.checksums import host_sums, is_sealed, named, seal, sums
 from lfm_jax.errors import Failed, UserError
 
 STATE, DATA, CONFIG = "state", "data", "config"
 _SUMS, _SEAL = "sums", "sha256"
-_FACTOR = 2654435761
-_WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32}
 
 
 class Damaged(UserError):
@@ -128,7 +120,7 @@ def save(
     items = ocp.args.Composite(
         **{
             STATE: ocp.args.StandardSave(state),
-            DATA: ocp.args.JsonSave(_sealed({**data, _SUMS: _sums(state)})),
+            DATA: ocp.args.JsonSave(seal({**data, _SUMS: sums(state)}, _SEAL)),
             CONFIG: ocp.args.JsonSave(config),
         }
     )
@@ -240,7 +232,7 @@ def restore(
             ) from error
         raise Damaged(f"checkpoint {where} is damaged: {_reason(error)}") from error
     if wanted is not None:
-        _compare(where, wanted, _sums(items[STATE]))
+        _compare(where, wanted, sums(items[STATE]))
     return items[STATE]
 
 
@@ -253,10 +245,10 @@ def read_data(manager: ocp.CheckpointManager, step: int) -> dict:
     where = manager.directory / str(step)
     try:
         data = read_json(manager, DATA, step)
-        seal = data.get(_SEAL)
+        whole = is_sealed(data, _SEAL)
     except Exception as error:
         raise Damaged(f"checkpoint {where} is damaged: {DATA}: {_reason(error)}") from error
-    if seal is not None and seal != _sealed(data)[_SEAL]:
+    if not whole:
         raise Damaged(f"checkpoint {where} is damaged: {DATA}: checksum differs")
     return data
 
@@ -311,7 +303,7 @@ def _read_params(folder: epath.Path, step: int, ema: bool) -> Any:
             ) from error
     wanted = {leaf: value for leaf, value in wanted.items() if leaf.split("/")[0] == name}
     if wanted:
-        _compare(where, wanted, _host_sums(part))
+        _compare(where, wanted, host_sums(part))
     return part[name]
 
 
@@ -369,59 +361,11 @@ def fingerprint(tree: Any) -> str:
     return digest.hexdigest()
 
 
-# ---- sums
-
-
-def _sums(tree: Any) -> dict[str, list]:
-    """Name to [shape, dtype, sum] of every array of a tree on devices."""
-    names = _names(tree)
-    sums = sharding.fetch(_device_sums(list(names.values())))
-    return {
-        name: [list(leaf.shape), str(leaf.dtype), int(value)]
-        for (name, leaf), value in zip(names.items(), sums, strict=True)
-    }
-
-
-def _host_sums(tree: Any) -> dict[str, list]:
-    """The same of host arrays, without a device: they may be larger than one."""
-    return {
-        name: [list(leaf.shape), str(leaf.dtype), _host_sum(np.asarray(leaf))]
-        for name, leaf in _names(tree).items()
-    }
-
-
-def _names(tree: Any) -> dict[str, Any]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-
-
-@jax.jit
-def _device_sums(leaves: list[jax.Array]) -> list[jax.Array]:
-    def one(x: jax.Array) -> jax.Array:
-        bits = jax.lax.bitcast_convert_type(x, _WORDS[x.dtype.itemsize]).astype(jnp.uint32)
-        index, stride = jnp.zeros(x.shape, jnp.uint32), 1
-        for axis in reversed(range(x.ndim)):
-            places = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-            index += places * np.uint32(stride % 2**32)
-            stride *= x.shape[axis]
-        return jnp.sum(bits * (index * np.uint32(_FACTOR) | 1), dtype=jnp.uint32)
-
-    return [one(x) for x in leaves]
-
-
-def _host_sum(array: np.ndarray) -> int:
-    bits = np.ascontiguousarray(array).reshape(-1).view(_WORDS[array.dtype.itemsize])
-    total, chunk = 0, 1 << 22
-    for start in range(0, len(bits), chunk):
-        part = bits[start : start + chunk].astype(np.uint32)
-        index = np.arange(start, start + len(part), dtype=np.uint64).astype(np.uint32)
-        weights = index * np.uint32(_FACTOR) | np.uint32(1)
-        total += int((part * weights).sum(dtype=np.uint64))
-    return total % 2**32
+# ---- comparing
 
 
 def _check_fits(where: epath.Path, saved: dict[str, list], target: Any) -> None:
-    wanted = {k: [list(x.shape), str(x.dtype)] for k, x in _names(target).items()}
+    wanted = {k: [list(x.shape), str(x.dtype)] for k, x in named(target).items()}
     for name in (*wanted, *saved):
         found = saved[name][:2] if name in saved else "nothing"
         expected = wanted.get(name, "nothing")
@@ -436,12 +380,6 @@ def _compare(where: epath.Path, saved: dict[str, list], found: dict[str, list]) 
     for name, value in saved.items():
         if found.get(name) != value:
             raise Damaged(f"checkpoint {where} is damaged: array {name} is not what was saved")
-
-
-def _sealed(data: dict) -> dict:
-    content = {key: value for key, value in data.items() if key != _SEAL}
-    text = json.dumps(content, sort_keys=True)
-    return {**content, _SEAL: hashlib.sha256(text.encode()).hexdigest()}
 
 
 def _reason(error: BaseException) -> str:

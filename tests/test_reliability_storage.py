@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from lfm_jax import checkpoints, sharding
+from lfm_jax import checkpoints, checksums, sharding
 from lfm_jax.data import CacheWriter, open_cache
 from lfm_jax.errors import Failed, UserError
 from lfm_jax.state import create_state
@@ -51,15 +51,15 @@ def test_sums_see_every_bit_and_no_sharding():
     rng = np.random.default_rng(0)
     for dtype in (np.float32, np.float16, jnp.bfloat16, np.int32, np.uint8):
         array = np.asarray(rng.normal(size=(7, 3, 5)) * 9).astype(dtype)
-        whole = checkpoints._host_sums({"a": array})
-        assert checkpoints._sums({"a": jnp.asarray(array)}) == whole
+        whole = checksums.host_sums({"a": array})
+        assert checksums.sums({"a": jnp.asarray(array)}) == whole
         for _ in range(50):
             words = array.copy().reshape(-1).view(np.uint8)
             words[rng.integers(len(words))] ^= np.uint8(1 << rng.integers(8))
             flipped = words.view(array.dtype).reshape(array.shape)
-            assert checkpoints._host_sums({"a": flipped}) != whole
+            assert checksums.host_sums({"a": flipped}) != whole
     order, swapped = np.arange(6), np.array([0, 2, 1, 3, 4, 5])
-    sums = [checkpoints._host_sums({"a": a.astype(np.int32)}) for a in (order, swapped)]
+    sums = [checksums.host_sums({"a": a.astype(np.int32)}) for a in (order, swapped)]
     assert sums[0] != sums[1]
 
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from lfm_jax.checksums import is_sealed, seal
 from lfm_jax.data.latents import (
     METADATA,
     PLAN,
@@ -30,11 +31,9 @@ from lfm_jax.data.latents import (
     encode_record,
     features_to_json,
     file_sha256,
-    is_sealed,
     local_folder,
     open_cache,
     open_reader,
-    seal,
 )
 from lfm_jax.errors import UserError
 

@@ -27,12 +27,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Integer
 
+from lfm_jax.checksums import is_sealed
 from lfm_jax.data.records import RecordError, encode_example, parse_example
 from lfm_jax.errors import UserError
 
 METADATA = "metadata.json"
 PLAN = "plan.json"
-_SEAL = "checksum"
 _VERIFY_BELOW = 1 << 28  # bytes; a sha256 of that takes about 0.2 s
 
 
@@ -177,18 +177,6 @@ def open_cache(
     if verify or (verify is None and small):
         cache.verify()
     return cache
-
-
-def seal(description: dict[str, Any]) -> dict[str, Any]:
-    """The description with a checksum of the rest of it."""
-    content = {key: value for key, value in description.items() if key != _SEAL}
-    text = json.dumps(content, sort_keys=True)
-    return {**content, _SEAL: hashlib.sha256(text.encode()).hexdigest()}
-
-
-def is_sealed(description: dict[str, Any]) -> bool:
-    """Whether the checksum fits; descriptions of before there were any pass."""
-    return _SEAL not in description or seal(description) == description
 
 
 def _check_description(metadata: dict[str, Any]) -> None:

@@ -13,13 +13,13 @@ import sys
 from typing import Any
 
 import flax.linen as nn
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 from safetensors.numpy import save
 from tqdm import tqdm
 
 from lfm_jax import checkpoints
+from lfm_jax.checksums import named
 from lfm_jax.config import overrides, to_json
 from lfm_jax.errors import UserError
 from lfm_jax.jobs import build, origin
@@ -63,10 +63,7 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     release = workdir.root / "release"
     checkpoints.save_release(release, params, described)
     write_json(release / "config.json", described)
-    flat = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): np.ascontiguousarray(leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    }
+    flat = {name: np.ascontiguousarray(leaf) for name, leaf in named(params).items()}
     write_bytes(release / "params.safetensors", save(flat))
     if config.autoencoder.kind == "train":
         _write_autoencoder(release / "vae", codec)

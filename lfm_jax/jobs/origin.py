@@ -16,6 +16,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from lfm_jax import checkpoints, sharding
+from lfm_jax.checksums import named
 from lfm_jax.config import overrides
 from lfm_jax.errors import UserError
 from lfm_jax.models import NAMES
@@ -148,11 +149,7 @@ def check_fits(init: str, params: Any, wanted: Any) -> None:
             shape.
     """
     found, here = (
-        {
-            jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
-            for path, leaf in jax.tree.leaves_with_path(tree)
-        }
-        for tree in (params, wanted)
+        {name: tuple(leaf.shape) for name, leaf in named(tree).items()} for tree in (params, wanted)
     )
     for name in sorted({*found, *here}):
         if found.get(name) != here.get(name):
