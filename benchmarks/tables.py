@@ -14,7 +14,7 @@ A table stands between one of these lines and ``<!-- end of table -->``:
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +73,13 @@ def table(topics: list[str]) -> str:
     body = [row for topic in topics for row in rows(topic)]
     if not body:
         return f"No figure of {', '.join(topics)} has been measured yet.\n"
-    sources = ", ".join(f"`docs/results/{topic}.json`" for topic in topics)
-    return "\n".join(["", *_HEAD, *body, "", f"Commands, devices and notes: {sources}.", ""])
+    return "\n".join(
+        ["", *_HEAD, *body, "", f"Commands, devices and notes: {_sources(topics)}.", ""]
+    )
+
+
+def _sources(topics: Iterable[str]) -> str:
+    return ", ".join(f"`docs/results/{topic}.json`" for topic in dict.fromkeys(topics))
 
 
 def claim(letter: str) -> str:
@@ -84,11 +89,12 @@ def claim(letter: str) -> str:
     told = [figure for test in chosen.tests for figure in test.found()]
     if told:
         lines += ["", *_HEAD, *map(row, told)]
-    for test in chosen.tests:
-        if not test.found():
-            name = test.name.removeprefix(f"claim ({letter}):").strip(" :")
-            about = f" ({name})" if name else ""
-            lines += ["", f"Not measured yet: `docs/results/{test.topic}.json`{about}."]
+    missing = [test for test in chosen.tests if not test.found()]
+    if missing and told:
+        prefix = f"claim ({letter}):"
+        names = "; ".join(test.name.removeprefix(prefix).strip(" :") for test in missing)
+        lines += ["", f"Not measured yet: {names}."]
+    lines += ["", f"Commands, devices and notes: {_sources(test.topic for test in chosen.tests)}."]
     return "\n".join([*lines, ""])
 
 

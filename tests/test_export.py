@@ -57,6 +57,11 @@ def test_a_release_is_whole(workdir):
     codec = build.codec(config, Workdir(epath.Path(workdir)))
     assert vae.encoder_fingerprint(loaded) == codec.fingerprint
 
+    found = weights.load_release(release)
+    assert found.model == build.network(config) and found.latent_shape == (4, 4, 4)
+    assert (found.scale, found.shift) == (trained["latent_scale"], trained["latent_shift"])
+    jax.tree.map(np.testing.assert_array_equal, params, found.params)
+
     card = (release / "README.md").read_text()
     for words in ("license: apache-2.0", "not evaluated", '"hidden": 64', "10 classes", "restore("):
         assert words in card
@@ -102,3 +107,8 @@ def test_bad_requests_are_refused(workdir):
     config.export.families = ("lfm",)
     with pytest.raises(UserError, match="'lfm' is none of lfm-dit"):
         jobs.run_job("export", config, str(workdir))
+
+
+def test_what_is_no_release_is_said_to_be_none(tmp_path):
+    with pytest.raises(UserError, match="expected a folder that --job=export wrote"):
+        weights.load_release(tmp_path)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import figures, tables
+from benchmarks import claims, estimates, figures, tables
 
 
 def test_readme_and_docs_are_in_step_with_the_result_files():
@@ -36,3 +36,43 @@ def test_a_table_shows_what_failed_too(tmp_path, monkeypatch):
 def test_an_unknown_topic_is_refused():
     with pytest.raises(ValueError, match="expected some of pipeline"):
         tables.updated("<!-- table: nothing -->\n<!-- end of table -->")
+
+
+def test_verdicts_follow_from_the_figures(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "RESULTS", tmp_path)
+    chosen = claims.Claim(
+        "z",
+        "words",
+        "source",
+        (claims.Test("mmd", "one"), claims.Test("vae", "two"), claims.Test("vae", "x", False)),
+    )
+    assert claims.verdict(chosen) == "not measured yet"
+    figures.record("mmd", "one, first", 1, "<", 2, "command")
+    assert claims.verdict(chosen).startswith("open: 1 of 1 figures hold, 1 of 2 kinds")
+    figures.record("vae", "two", 3, "report", None, "command")
+    assert claims.verdict(chosen) == "**holds** (1 of 1 figures hold)"
+    figures.record("mmd", "one, second", 3, "<", 2, "command")
+    assert claims.verdict(chosen) == "holds **in part** (1 of 2 figures hold)"
+    figures.record("mmd", "one, first", 3, "<", 2, "command")
+    assert claims.verdict(chosen) == "**not at this scale** (0 of 2 figures hold)"
+
+
+def test_a_claims_page_shows_figures_and_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "RESULTS", tmp_path)
+    figures.record("quickstart", "claim (a): FD at 8 steps", 0.5, "<", 1.0, "command")
+    end = "\n<!-- end of table -->\n"
+    page = tables.updated(f"<!-- claims -->{end}<!-- claim: a -->{end}")
+    assert "| (a) |" in page and "| (f) |" in page and "| not measured yet |" in page
+    assert "| claim (a): FD at 8 steps | 0.5 | < 1 | yes |" in page
+    assert "Not measured yet: Euler steps to within" in page
+    assert tables.updated(page) == page
+
+
+def test_estimates_follow_the_closed_form():
+    """DiT-XL/2 as published: 118.6 G multiply-adds forward."""
+    recipe = next(r for r in estimates.RECIPES if r.name == "imagenet:XL/2" and r.steps)
+    flops, steps, batch = estimates.train_flops(recipe)
+    assert flops == pytest.approx(6 * 118.6e9, rel=2e-3)
+    seconds = flops * steps * batch / (8 * 989e12 * 0.4)
+    assert estimates.hours(recipe, "8 x H200") == pytest.approx(seconds / 3600)
+    assert estimates.latent_gigabytes(recipe) == pytest.approx(1_281_167 * 32 * 32 * 8 * 4 / 1e9)

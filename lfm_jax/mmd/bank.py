@@ -72,7 +72,10 @@ class Bank:
 
 
 def make_bank(
-    rows: Mapping[str, np.ndarray], labels: Integer[np.ndarray, " n"], *, num_classes: int = 0
+    rows: Mapping[str, np.ndarray | Array],
+    labels: Integer[np.ndarray, " n"],
+    *,
+    num_classes: int = 0,
 ) -> Bank:
     """A bank of `rows`, sorted by class.
 
