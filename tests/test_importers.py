@@ -7,7 +7,8 @@ import zipfile
 import numpy as np
 import pytest
 
-from lfm_jax.data.importers import SD_SCALE, import_latents
+from lfm_jax.data.importers import import_latents
+from lfm_jax.data.latent_stores import SD_SCALE
 from lfm_jax.errors import UserError
 
 OPTIONS = {"encoder": "e" * 64, "scale": SD_SCALE, "image_size": 64, "shard_size": 4}

@@ -11,11 +11,9 @@ float16 log-variances in [-30, 20] err by at most 0.8 % of the standard deviatio
 import contextlib
 import hashlib
 import json
-import math
 import os
 import shutil
 import socket
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from lfm_jax.checksums import is_sealed, seal
+from lfm_jax.data.latent_totals import Totals
 from lfm_jax.data.latents import (
     METADATA,
     PLAN,
@@ -35,9 +34,9 @@ from lfm_jax.data.latents import (
     open_cache,
     open_reader,
 )
+from lfm_jax.data.tfds_info import NAME, write_tfds_info
 from lfm_jax.errors import UserError
 
-_NAME = "latents"
 _PARTS = "parts"
 _REQUIRED = ("encoder", "scale", "shift", "image_size")
 _LOGVAR_RANGE = (-30.0, 20.0)
@@ -164,7 +163,7 @@ class CacheWriter:
 
         path = self.folder / self._file(shard)
         indices = iter(self.shard_range(shard))
-        totals = _Totals(self._channels)
+        totals = Totals(self._channels)
         with _replacing(path) as temporary:
             writer = ArrayRecordWriter(str(temporary), _OPTIONS)
             try:
@@ -202,7 +201,7 @@ class CacheWriter:
                 f"latent cache {self.folder}: {len(absent)} of {self.num_shards} shards are "
                 f"missing, the first is {absent[0]}; run --job=encode again"
             )
-        totals = _Totals(self._channels)
+        totals = Totals(self._channels)
         for part in parts:
             totals.merge(part["totals"])
         shards = [
@@ -214,7 +213,7 @@ class CacheWriter:
                 path = self.folder / part["file"]
                 if open_reader(path).num_records() != part["count"]:
                     raise UserError(f"{path}: expected {part['count']} records; remove it")
-            self._write_tfds_info(parts)
+            write_tfds_info(self.folder, self.features, self._split, parts)
             _write_json(self.folder / METADATA, seal(description))
         return open_cache(self.folder)
 
@@ -248,7 +247,7 @@ class CacheWriter:
         _write_json(path, self._plan)
 
     def _file(self, shard: int) -> str:
-        return f"{_NAME}-{self._split}.array_record-{shard:05d}-of-{self.num_shards:05d}"
+        return f"{NAME}-{self._split}.array_record-{shard:05d}-of-{self.num_shards:05d}"
 
     def _part_path(self, shard: int) -> Path:
         return self.folder / _PARTS / f"{shard:05d}.json"
@@ -303,49 +302,6 @@ class CacheWriter:
             )
         return stored.astype(np.float16)
 
-    # ---- TFDS
-
-    def _write_tfds_info(self, parts: list[dict[str, Any]]) -> None:
-        import tensorflow_datasets as tfds
-
-        features = {}
-        for name, feature in self.features.items():
-            dtype = np.dtype(feature.dtype).type
-            features[name] = (
-                tfds.features.Tensor(shape=feature.shape, dtype=dtype, encoding="bytes")
-                if feature.shape
-                else tfds.features.Scalar(dtype=dtype)
-            )
-        identity = tfds.core.dataset_info.DatasetIdentity(
-            name=_NAME,
-            version=tfds.core.Version("1.0.0"),
-            data_dir=str(self.folder),
-            module_name="",
-        )
-        info = tfds.core.DatasetInfo(
-            builder=identity,
-            features=tfds.features.FeaturesDict(features),
-            description="Latent moments: mean and log-variance of an image encoder's posterior.",
-        )
-        info.set_file_format(tfds.core.FileFormat.ARRAY_RECORD)
-        template = tfds.core.ShardedFileTemplate(
-            data_dir=self.folder,
-            dataset_name=_NAME,
-            split=self._split,
-            filetype_suffix="array_record",
-        )
-        split = tfds.core.SplitInfo(
-            name=self._split,
-            shard_lengths=[part["count"] for part in parts],
-            num_bytes=sum(part["bytes"] for part in parts),
-            filename_template=template,
-        )
-        info.set_splits(tfds.core.splits.SplitDict([split]))
-        with tempfile.TemporaryDirectory(dir=self.folder, prefix=".info-") as temporary:
-            info.write_to_directory(temporary)
-            for file in Path(temporary).iterdir():
-                os.replace(file, self.folder / file.name)
-
 
 def begun_with(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
     """What the cache in a folder, finished or not, was begun with; None where there is none."""
@@ -359,61 +315,9 @@ def remove_cache(folder: str | os.PathLike[str]) -> None:
     """Remove a cache and nothing else; killed halfway, it is removed the next time."""
     root = local_folder(folder)
     (root / METADATA).unlink(missing_ok=True)
-    parts = [*root.glob(f"{_NAME}-*.array_record-*"), *root.glob(f"{_PARTS}/*.json")]
+    parts = [*root.glob(f"{NAME}-*.array_record-*"), *root.glob(f"{_PARTS}/*.json")]
     for path in [*parts, root / "dataset_info.json", root / "features.json", root / PLAN]:
         path.unlink(missing_ok=True)
-
-
-class _Totals:
-    """Sums over a shard from which mean and variance of the posterior's samples follow.
-
-    Per channel: var z = E[mean^2] - E[mean]^2 + E[exp logvar], over examples and positions, and
-    over the mirror images where they are stored.
-    """
-
-    def __init__(self, channels: int):
-        self.count, self.values, self.largest_label = 0, 0, -1
-        self.sum = np.zeros(channels)
-        self.square = np.zeros(channels)
-        self.variance = np.zeros(channels)
-
-    def add(self, arrays: dict[str, np.ndarray]) -> None:
-        self.count += 1
-        self.largest_label = max(self.largest_label, int(arrays["label"]))
-        for name in ("moments", "moments_flip"):
-            if name in arrays:
-                moments = arrays[name].reshape(-1, arrays[name].shape[-1]).astype(np.float64)
-                mean, logvar = np.split(moments, 2, axis=-1)
-                self.values += len(mean)
-                self.sum += mean.sum(0)
-                self.square += np.square(mean).sum(0)
-                self.variance += np.exp(logvar).sum(0)
-
-    def merge(self, other: dict[str, Any]) -> None:
-        self.count += other["count"]
-        self.values += other["values"]
-        self.largest_label = max(self.largest_label, other["largest_label"])
-        for name in ("sum", "square", "variance"):
-            setattr(self, name, getattr(self, name) + np.array(other[name]))
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "count": self.count,
-            "values": self.values,
-            "largest_label": self.largest_label,
-            **{name: getattr(self, name).tolist() for name in ("sum", "square", "variance")},
-        }
-
-    def summary(self) -> dict[str, Any]:
-        mean = self.sum / self.values
-        spread = np.maximum(self.square / self.values - mean**2, 0) + self.variance / self.values
-        overall = spread.mean() + mean.var()
-        return {
-            "num_classes_seen": self.largest_label + 1,
-            "channel_mean": mean.tolist(),
-            "channel_std": np.sqrt(spread).tolist(),
-            "std": math.sqrt(overall),
-        }
 
 
 def _singles(examples: Iterable[Mapping[str, Any]]) -> Iterable[Mapping[str, Any]]:

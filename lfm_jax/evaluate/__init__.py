@@ -12,14 +12,12 @@ from lfm_jax.evaluate.memorisation import Memorisation, memorisation, nearest_ne
 from lfm_jax.evaluate.pixels import UINT8_RULES, jpeg_round_trip, to_bytes
 from lfm_jax.evaluate.precision_recall import ManifoldFigures, precision_recall
 from lfm_jax.evaluate.reference import (
-    FORMATS,
     Reference,
     check_comparable,
     make_reference,
-    read_reference,
     statistics_of,
-    write_reference,
 )
+from lfm_jax.evaluate.reference_files import FORMATS, read_reference, write_reference
 from lfm_jax.evaluate.samples import (
     SampleFile,
     Samples,
