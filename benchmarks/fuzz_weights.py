@@ -17,7 +17,7 @@ from benchmarks.fuzz_readers import Reader, through
 def readers(folder: Path) -> Iterator[Reader]:
     yield from _files(folder)
     yield from _converters(folder)
-    yield from _judges()
+    yield from _judges(folder)
 
 
 def _files(folder: Path) -> Iterator[Reader]:
@@ -179,10 +179,10 @@ def _autoencoder(folder: Path, name: str) -> tuple[Callable, Callable]:
     return make, read
 
 
-def _judges() -> Iterator[Reader]:
+def _judges(folder: Path) -> Iterator[Reader]:
     """Feature networks whose sizes are read off the file."""
     from lfm_jax.errors import UserError
-    from lfm_jax.features import clip, dino
+    from lfm_jax.features import open_extractor
 
     width, patch = 64, 2
     vector, matrix = np.full(width, 0.1, np.float32), np.full((width, width), 0.1, np.float32)
@@ -221,12 +221,14 @@ def _judges() -> Iterator[Reader]:
         ),
     }  # fmt: skip
     vision = {name.removeprefix("x."): value for name, value in vision.items()}
-    from_torch: dict[str, tuple[Callable, dict]] = {
-        "DINOv2": (functools.partial(dino.from_torch, size=8), dinov2),
-        "CLIP": (clip.from_torch, vision),
-    }
-    for name, (read, valid) in from_torch.items():
-        make = functools.partial(tensors_like, valid)
+    for name, valid in {"dinov2": dinov2, "clip": vision}.items():
         yield Reader(
-            name=f"converter {name}", make=make, read=read, allowed=(UserError,), share=0.3
+            name=f"converter {name}",
+            make=lambda dice, valid=valid: _saved(tensors_like(valid, dice)),
+            read=through(
+                folder / f"{name}.safetensors",
+                lambda path, name=name: open_extractor(name, weights=path),
+            ),
+            allowed=(UserError,),
+            share=0.05,
         )

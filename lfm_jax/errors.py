@@ -1,7 +1,10 @@
 """The ways a run ends early on purpose, and their exit statuses."""
 
+import difflib
 import errno
 import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 # Exit statuses that launchers rely on: only PREEMPTED is worth a rerun of the same command.
@@ -32,6 +35,33 @@ class Preempted(BaseException):
     Not an `Exception`: it is raised by a signal, anywhere, and no reader that turns what a damaged
     file raises into a message may take it for damage.
     """
+
+
+@contextmanager
+def blaming(source: str, expected: str) -> Iterator[None]:
+    """Inside, whatever is raised becomes a `UserError` that names the file.
+
+    For the reading of other people's files alone, around what only takes them apart.
+
+    Args:
+        source: the file.
+        expected: what it should be.
+    """
+    try:
+        yield
+    except UserError as error:
+        if source in str(error):
+            raise
+        raise UserError(f"{source}: {error}") from error
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200] or "nothing said"
+        raise UserError(f"{source}: not {expected} ({type(error).__name__}: {reason})") from error
+
+
+def near(value: object, names: Iterable[str]) -> str:
+    """`` (did you mean X?)`` where one of `names` is spelled much like `value`, else nothing."""
+    found = difflib.get_close_matches(str(value), list(names), n=1, cutoff=0.6)
+    return f" (did you mean {found[0]}?)" if found else ""
 
 
 def storage_failure(error: OSError) -> str | None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import zipfile
 
+import jax
 import numpy as np
 import pytest
 from checkout import ROOT
@@ -21,8 +22,12 @@ from lfm_jax.data.importers import open_store
 from lfm_jax.data.pixels import Preprocess
 from lfm_jax.errors import UserError
 from lfm_jax.evaluate import read_reference, read_samples
+from lfm_jax.features import open_extractor
 from lfm_jax.features.weights import read_tensors as read_features
+from lfm_jax.vae import AutoencoderKL, load_vae, save_vae
 from lfm_jax.vae.files import read_tensors as read_vae
+from lfm_jax.vae.weights import parameter_shapes
+from lfm_jax.weights import import_torch, write_tensors
 from lfm_jax.weights.files import read_tensors
 
 
@@ -243,6 +248,62 @@ def test_labels_that_only_look_like_numbers(tmp_path, label):
     (tmp_path / "labels.csv").write_text(f"1.png,{label}\n")
     source = open_images("folder", path=str(tmp_path), image_size=4, channels=1)
     assert source.class_names == (label,)
+
+
+# ---- weights
+
+
+DIT = {"x_embedder.proj.weight": (32, 4, 2, 2), "final_layer.linear.bias": (16,),
+       "final_layer.linear.weight": (16, 32)}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name, shape",
+    [
+        ("x_embedder.proj.weight", (512,)),
+        ("x_embedder.proj.weight", (32, 4, 0, 0)),
+        ("final_layer.linear.bias", ()),
+        ("pos_embed", (16,)),
+    ],
+)
+def test_tensors_of_shapes_that_no_network_has(tmp_path, name, shape):
+    tensors = {key: np.ones(value, np.float32) for key, value in {**DIT, name: shape}.items()}
+    write_tensors(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match=r"a\.safetensors: "):
+        import_torch("dit", tmp_path / "a.safetensors")
+
+
+def test_a_side_is_a_claim_that_takes_no_memory(tmp_path):
+    names = ("map_layer0.weight", "enc.999999x999999_conv.weight", "out_conv.weight",
+             "enc.999999x999999_block0.conv0.weight")  # fmt: skip
+    write_tensors(
+        {name: np.ones((8, 8, 3, 3), np.float32) for name in names}, tmp_path / "a.safetensors"
+    )
+    with pytest.raises(UserError, match=r"a\.safetensors: "):
+        import_torch("lfm-adm", tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("value", ["x", None, [], {"a": 1}, -1])
+@pytest.mark.parametrize("key", ["block_out_channels", "layers_per_block", "scaling_factor"])
+def test_an_autoencoder_of_an_impossible_config(tmp_path, key, value):
+    model = AutoencoderKL(block_out_channels=(8, 8), norm_groups=4, latent_channels=2)
+    params = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), parameter_shapes(model))
+    save_vae(tmp_path, model, params)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, key: value}))
+    if (key, value) == ("scaling_factor", -1):
+        return  # a number like any other
+    with pytest.raises(UserError, match=str(tmp_path)):
+        load_vae(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["dinov2", "clip"])
+def test_judges_of_a_few_tensors(tmp_path, name):
+    kept = ("patch_embed.proj.weight", "pos_embed", "norm.weight", "blocks.0.ls1.gamma",
+            "embeddings.patch_embedding.weight", "visual_projection.weight")  # fmt: skip
+    write_tensors({key: np.ones((2, 2), np.float32) for key in kept}, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match=r"a\.safetensors"):
+        open_extractor(name, weights=tmp_path / "a.safetensors")
 
 
 def test_every_reader_on_a_few_malformed_files():

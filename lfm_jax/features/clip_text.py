@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from lfm_jax.errors import UserError
+from lfm_jax.errors import UserError, blaming
 from lfm_jax.features import weights
 from lfm_jax.features.vit import quick_gelu
 
@@ -158,4 +158,5 @@ def open_text(folder: str | os.PathLike, texts: Sequence[str]) -> tuple[Float[Ar
     tensors = weights.read_tensors(file)
     length = len(tensors.get("text_model.embeddings.position_embedding.weight", range(77)))
     ids = np.stack([tokenizer(text, length=length) for text in texts])
-    return text_features(tensors, ids, end=tokenizer.end), file
+    with blaming(f"weights {file}", "a CLIP text tower's"):
+        return text_features(tensors, ids, end=tokenizer.end), file

@@ -2,7 +2,10 @@
 
 import os
 
-from lfm_jax.errors import UserError
+import jax
+import jax.numpy as jnp
+
+from lfm_jax.errors import UserError, blaming
 from lfm_jax.features.clip import clip
 from lfm_jax.features.dino import dino
 from lfm_jax.features.efficientnet import efficientnet
@@ -29,9 +32,16 @@ def open_extractor(
     """
     if pipeline:
         check_pipeline(pipeline)
-    if name == "inception":
-        return inception(weights, pipeline=pipeline or "tf1", check=check)
     others = {"clip": clip, "dinov2": dino, "vgg16": vgg, "efficientnet-lite0": efficientnet}
-    if name not in others:
+    if name not in PUBLISHED:
         raise UserError(f"evaluate.extractor: {name!r}; accepted: {', '.join(PUBLISHED)}")
-    return others[name](weights, resize=pipeline) if pipeline else others[name](weights)
+    with blaming(f"weights {weights}" if weights else "published weights", f"those of {name}"):
+        if name == "inception":
+            return inception(weights, pipeline=pipeline or "tf1", check=check)
+        make = others[name]
+        extractor = make(weights, resize=pipeline) if pipeline else make(weights)
+        if name in ("clip", "dinov2"):  # of any size, known by no hash: do the tensors fit?
+            side = extractor.input_size
+            pixels = jax.ShapeDtypeStruct((1, side, side, 3), jnp.uint8)
+            jax.eval_shape(extractor, pixels)
+    return extractor

@@ -61,7 +61,7 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     state, figures = fit(
         "classifier",
         state,
-        make_step(loss, tx, key, ema_decay=0.999),
+        make_step(loss, tx, key, ema_decay=0.999, like=state),
         build.latents(cache, config, batch_size=section.batch_size),
         folder=folder(workdir),
         logs=workdir.logs,

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lfm_jax.errors import UserError
+from lfm_jax.errors import UserError, blaming
 from lfm_jax.vae import files, keys
 from lfm_jax.vae.families import (
     family_scale,
@@ -70,24 +70,26 @@ def load_vae(
     if sha256:
         files.check_sha256(path, sha256)
     tensors, is_flax = files.read_tensors(path)
-    if not is_flax and keys.is_half(tensors):
-        both = files.halves(path)
-        tensors, config_path = keys.from_halves(*(files.read_tensors(p)[0] for p in both)), None
-    else:
-        tensors = keys.from_flax(tensors) if is_flax else keys.canonical(tensors)
-    if config_path is not None:
-        model = model_from_config(read_config(config_path), source=str(config_path))
-        if family and (model.scaling_factor, model.shift_factor) != family_scale(family):
-            raise UserError(
-                f"family: {family!r} has scale and shift {family_scale(family)}, but {config_path} "
-                f"says {(model.scaling_factor, model.shift_factor)}; leave the family out"
+    with blaming(str(path), "an autoencoder's weights and config"):
+        if not is_flax and keys.is_half(tensors):
+            both = files.halves(path)
+            tensors, config_path = keys.from_halves(*(files.read_tensors(p)[0] for p in both)), None
+        else:
+            tensors = keys.from_flax(tensors) if is_flax else keys.canonical(tensors)
+        if config_path is not None:
+            model = model_from_config(read_config(config_path), source=str(config_path))
+            if family and (model.scaling_factor, model.shift_factor) != family_scale(family):
+                raise UserError(
+                    f"family: {family!r} has scale and shift {family_scale(family)}, but "
+                    f"{config_path} says {(model.scaling_factor, model.shift_factor)}; leave the "
+                    "family out"
+                )
+        else:
+            model = model_from_tensors(
+                tensors, family=family, norm_groups=norm_groups, source=str(path)
             )
-    else:
-        model = model_from_tensors(
-            tensors, family=family, norm_groups=norm_groups, source=str(path)
-        )
-    model = model.clone(dtype=dtype, precision=precision)
-    return model, keys.to_tree(tensors, parameter_shapes(model), source=str(path))
+        model = model.clone(dtype=dtype, precision=precision)
+        return model, keys.to_tree(tensors, parameter_shapes(model), source=str(path))
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import flax.linen as nn
 
-from lfm_jax.errors import UserError
+from lfm_jax.errors import UserError, blaming
 from lfm_jax.models import NAMES, create_model
 from lfm_jax.weights import adm, ddpm, dit, unet
 from lfm_jax.weights.bindings import to_params, to_tensors
@@ -83,31 +83,33 @@ def import_torch(
             with code in it; an unknown family; another checksum.
     """
     chosen = _family(family)
-    content = chosen.clean(read_tensors(file, weights=weights, sha256=sha256))
-    found = chosen.recognise(content)
-    kind = NAMES[found.name][0]
-    preset = NAMES[name][1] if name in NAMES else {}
-    network = dataclasses.replace(found, overrides={**found.overrides, **preset, **overrides})
-    wanted = create_model(name) if name and model is None else model
-    if wanted is not None and not isinstance(wanted, kind):
-        raise UserError(
-            f"{file}: a {family} file holds a network of the kind {found.name!r} "
-            f"({kind.__name__}), the model is a {type(wanted).__name__}"
+    content = read_tensors(file, weights=weights, sha256=sha256)
+    with blaming(str(file), f"a file of the family {family!r}"):
+        content = chosen.clean(content)
+        found = chosen.recognise(content)
+        kind = NAMES[found.name][0]
+        preset = NAMES[name][1] if name in NAMES else {}
+        network = dataclasses.replace(found, overrides={**found.overrides, **preset, **overrides})
+        wanted = create_model(name) if name and model is None else model
+        if wanted is not None and not isinstance(wanted, kind):
+            raise UserError(
+                f"{file}: a {family} file holds a network of the kind {found.name!r} "
+                f"({kind.__name__}), the model is a {type(wanted).__name__}"
+            )
+        filled = network.model() if model is None else model
+        shapes = shapes_of(filled, network)
+        bindings = chosen.bindings(filled, shapes, network.latent_shape[0])
+        return Imported(
+            name=network.name,
+            overrides=network.overrides,
+            params=to_params(content, bindings, shapes),
+            latent_shape=network.latent_shape,
+            spatial_channels=network.spatial_channels,
+            sha256=content.sha256,
+            weights=content.weights,
+            t_max=filled.t_max,
+            null_label=chosen.null_label,
         )
-    filled = network.model() if model is None else model
-    shapes = shapes_of(filled, network)
-    bindings = chosen.bindings(filled, shapes, network.latent_shape[0])
-    return Imported(
-        name=network.name,
-        overrides=network.overrides,
-        params=to_params(content, bindings, shapes),
-        latent_shape=network.latent_shape,
-        spatial_channels=network.spatial_channels,
-        sha256=content.sha256,
-        weights=content.weights,
-        t_max=filled.t_max,
-        null_label=chosen.null_label,
-    )
 
 
 def load_torch(

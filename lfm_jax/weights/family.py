@@ -63,8 +63,11 @@ class Family:
 def shapes_of(model: nn.Module, network: Network) -> Any:
     """Shapes of the parameters that `model` has on the latents of `network`."""
     h, w, c = network.latent_shape
-    x, t = jnp.zeros((1, h, w, c)), jnp.zeros((1,))
-    spatial = jnp.zeros((1, h, w, network.spatial_channels)) if network.spatial_channels else None
+    # Shapes alone: sides and channels are the file's claims.
+    x, t = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, h, w, c), (1,)))
+    spatial = None
+    if network.spatial_channels:
+        spatial = jax.ShapeDtypeStruct((1, h, w, network.spatial_channels), jnp.float32)
     return jax.eval_shape(model.init, jax.random.key(0), x, t, Cond(spatial=spatial))["params"]
 
 
