@@ -45,9 +45,9 @@ from lfm_jax.boundary.search import (
     search_time,
     smallest_strength,
 )
-from lfm_jax.config import neighbour
 from lfm_jax.data import ImageSource
 from lfm_jax.data.attributes import parse_attribute
+from lfm_jax.experiments import neighbour
 from lfm_jax.jobs import build, edit, editing
 from lfm_jax.jobs.judge import judge as open_judge
 from lfm_jax.workdir import Workdir

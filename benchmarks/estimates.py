@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
-from lfm_jax.config import neighbour
+from lfm_jax.experiments import neighbour
 from lfm_jax.models import create_model, forward_macs
 from lfm_jax.profiling import stated_peak
 

@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from benchmarks.figures import RESULTS, record
 from lfm_jax import checkpoints, mmd
-from lfm_jax.config import neighbour
 from lfm_jax.evaluate import FeatureStatistics, collect_features, frechet_of
+from lfm_jax.experiments import neighbour
 from lfm_jax.features import load_extractor, open_extractor
 from lfm_jax.jobs import build, origin, run_job
 from lfm_jax.jobs.generate import Generator

@@ -29,8 +29,8 @@ from tqdm import tqdm
 
 from benchmarks.figures import RESULTS, record
 from lfm_jax import checkpoints
-from lfm_jax.config import neighbour
 from lfm_jax.evaluate import frechet_of
+from lfm_jax.experiments import neighbour
 from lfm_jax.jobs import build, run_job
 from lfm_jax.jobs.generate import Generator
 from lfm_jax.jobs.judge import Look, judge, of_array, of_source, reconstructed, spread

@@ -15,7 +15,7 @@ minutes on one H200. Expected figure: none is published for flows, and it is not
 
 from ml_collections import ConfigDict
 
-from lfm_jax.config import lfm_network, neighbour, smoke, variants
+from lfm_jax.experiments import lfm_network, neighbour, smoke, variants
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -45,11 +45,4 @@ def _smoke(config: ConfigDict) -> ConfigDict:
     smoke(config)
     config.edit.attribute = "pixels:brightness"  # synthetic images have no table
     config.edit.leakage = ()
-    config.edit.num_fit = 40
-    config.edit.num_validation = 16
-    config.edit.count = 8
-    config.edit.times = (0.5, 0.8)
-    config.edit.strengths = (-1.0, 1.0)
-    config.edit.num_steps = 4
-    config.edit.strips = 4
     return config

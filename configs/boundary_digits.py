@@ -8,9 +8,11 @@ docs/results/boundary.json. `--config.init=DIR` edits with another run's network
 a property measured on the pixels instead of a class, and keeps the strokes' thickness.
 """
 
+from functools import partial
+
 from ml_collections import ConfigDict
 
-from lfm_jax.config import neighbour, smoke, variants
+from lfm_jax.experiments import neighbour, smoke, variants
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -22,7 +24,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.edit.num_fit = 200
     config.edit.num_validation = 40
     config.edit.count = 60
-    return variants(config, variant, slant=_slant, smoke=_smoke)
+    return variants(config, variant, slant=_slant, smoke=partial(smoke, synthetic=False))
 
 
 def _slant(config: ConfigDict) -> ConfigDict:
@@ -31,16 +33,4 @@ def _slant(config: ConfigDict) -> ConfigDict:
     config.edit.also_weights = (0.0,)
     config.edit.leakage = ("pixels:brightness",)
     config.edit.num_fit = 800
-    return config
-
-
-def _smoke(config: ConfigDict) -> ConfigDict:
-    smoke(config, synthetic=False)
-    config.edit.num_fit = 40
-    config.edit.num_validation = 16
-    config.edit.count = 8
-    config.edit.times = (0.5, 0.8)
-    config.edit.strengths = (-1.0, 1.0)
-    config.edit.num_steps = 4
-    config.edit.strips = 4
     return config

@@ -9,9 +9,11 @@ Two CPU cores: about 4 minutes. `--config.init=DIR` edits with another run's net
 pixels. What it reaches, beside controls, stands in docs/results/boundary.json.
 """
 
+from functools import partial
+
 from ml_collections import ConfigDict
 
-from lfm_jax.config import neighbour, smoke, variants
+from lfm_jax.experiments import neighbour, smoke, variants
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -26,7 +28,7 @@ def get_config(variant: str = "") -> ConfigDict:
         shirt=_pair("shirt/coat"),
         pullover=_pair("pullover/dress"),
         brightness=_brightness,
-        smoke=_smoke,
+        smoke=partial(smoke, synthetic=False, limit=512),
     )
 
 
@@ -42,17 +44,4 @@ def _pair(sides: str):
 def _brightness(config: ConfigDict) -> ConfigDict:
     config.edit.attribute = "pixels:brightness"
     config.edit.leakage = ("class:sneaker", "class:bag", "pixels:thickness")
-    return config
-
-
-def _smoke(config: ConfigDict) -> ConfigDict:
-    config.data.limit = 512
-    smoke(config, synthetic=False)
-    config.edit.num_fit = 40
-    config.edit.num_validation = 16
-    config.edit.count = 8
-    config.edit.times = (0.5, 0.8)
-    config.edit.strengths = (-1.0, 1.0)
-    config.edit.num_steps = 4
-    config.edit.strips = 4
     return config

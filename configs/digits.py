@@ -6,9 +6,12 @@ Two CPU cores: under 6 minutes for the whole pipeline. What it reaches stands in
 docs/results/pipeline.json. `:smoke` runs every stage in seconds and reaches nothing.
 """
 
+from functools import partial
+
 from ml_collections import ConfigDict
 
-from lfm_jax.config import default_config, smoke, variants
+from lfm_jax.config import default_config
+from lfm_jax.experiments import smoke, variants
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -47,4 +50,4 @@ def get_config(variant: str = "") -> ConfigDict:
 
     config.evaluate.classifier_epochs = 30
     config.evaluate.svc = True
-    return variants(config, variant, smoke=lambda c: smoke(c, synthetic=False))
+    return variants(config, variant, smoke=partial(smoke, synthetic=False))

@@ -8,12 +8,14 @@ reaches stands in docs/results/pipeline.json. The 28x28 images are padded to 32x
 8x8x4 latents; the DiT sees 16 tokens.
 """
 
+from functools import partial
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from lfm_jax.config import default_config, smoke, variants
+from lfm_jax.config import default_config
 from lfm_jax.data import FASHION_MNIST_FOLDER
+from lfm_jax.experiments import smoke, variants
 
 _DEBIAN = "/usr/share/datasets/fashion-mnist"  # where Debian's dataset-fashion-mnist puts the files
 
@@ -60,9 +62,4 @@ def get_config(variant: str = "") -> ConfigDict:
     config.sample.num_steps = 16
     config.sample.guidance = 1.5
 
-    return variants(config, variant, smoke=_smoke)
-
-
-def _smoke(config: ConfigDict) -> ConfigDict:
-    config.data.limit = 512
-    return smoke(config, synthetic=False)
+    return variants(config, variant, smoke=partial(smoke, synthetic=False, limit=512))

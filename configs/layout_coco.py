@@ -11,7 +11,8 @@ Expected figure: none is published. Not reproduced here.
 
 from ml_collections import ConfigDict
 
-from lfm_jax.config import default_config, sd_latents_256, smoke, variants
+from lfm_jax.config import default_config
+from lfm_jax.experiments import sd_latents_256, smoke, variants
 
 
 def get_config(variant: str = "") -> ConfigDict:

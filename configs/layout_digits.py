@@ -9,7 +9,8 @@ stages. Figures: docs/results/conditions.json, measured by benchmarks/conditions
 
 from ml_collections import ConfigDict
 
-from lfm_jax.config import default_config, smoke, variants
+from lfm_jax.config import default_config
+from lfm_jax.experiments import smoke, variants
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -52,6 +53,5 @@ def get_config(variant: str = "") -> ConfigDict:
 
 
 def _smoke(config: ConfigDict) -> ConfigDict:
-    config.data.limit = 256
     config.model.context_dim = 32
-    return smoke(config, synthetic=False)
+    return smoke(config, synthetic=False, limit=256)

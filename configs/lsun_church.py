@@ -13,7 +13,8 @@ pytorch-fid on JPEG files). Not reproduced here.
 
 from ml_collections import ConfigDict
 
-from lfm_jax.config import default_config, lfm_network, sd_latents_256, variants
+from lfm_jax.config import default_config
+from lfm_jax.experiments import lfm_network, sd_latents_256, variants
 
 
 def get_config(variant: str = "") -> ConfigDict:

@@ -12,7 +12,7 @@ Expected figure: none is known for this experiment.
 
 from ml_collections import ConfigDict
 
-from lfm_jax.config import few_step, neighbour, variants
+from lfm_jax.experiments import few_step, neighbour, variants
 
 
 def get_config(variant: str = "") -> ConfigDict:

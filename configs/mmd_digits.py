@@ -7,9 +7,11 @@ Two CPU cores: about a minute. `--config.mmd.num_steps=1` and so on for another 
 Fashion-MNIST's figures stand in docs/results/mmd.json.
 """
 
+from functools import partial
+
 from ml_collections import ConfigDict
 
-from lfm_jax.config import few_step, neighbour, smoke, variants
+from lfm_jax.experiments import few_step, neighbour, smoke, variants
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -25,4 +27,4 @@ def get_config(variant: str = "") -> ConfigDict:
     config.mmd.network_steps = 600
     config.mmd.bank_size = 1000
     config.mmd.bank_rows = 1000
-    return variants(config, variant, smoke=lambda c: smoke(c, synthetic=False))
+    return variants(config, variant, smoke=partial(smoke, synthetic=False))

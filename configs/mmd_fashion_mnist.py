@@ -14,7 +14,7 @@ from functools import partial
 
 from ml_collections import ConfigDict
 
-from lfm_jax.config import few_step, neighbour, smoke, variants
+from lfm_jax.experiments import few_step, neighbour, smoke, variants
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -33,7 +33,7 @@ def get_config(variant: str = "") -> ConfigDict:
     return variants(
         config,
         variant,
-        smoke=_smoke,
+        smoke=partial(smoke, synthetic=False, limit=512),
         **{"2": partial(_steps, count=2), "4": partial(_steps, count=4)},
     )
 
@@ -43,8 +43,3 @@ def _steps(config: ConfigDict, *, count: int) -> ConfigDict:
     config.train.steps, config.mmd.validate_every = {2: (84, 28), 4: (44, 22)}[count]
     config.train.learning_rate = 2e-4
     return config
-
-
-def _smoke(config: ConfigDict) -> ConfigDict:
-    config.data.limit = 512
-    return smoke(config, synthetic=False)

@@ -14,7 +14,7 @@ FIDs for CIFAR-10, CelebA, ImageNet-64 and LSUN-Church.
 
 from ml_collections import ConfigDict
 
-from lfm_jax.config import few_step, neighbour, variants
+from lfm_jax.experiments import few_step, neighbour, variants
 
 
 def get_config(variant: str = "") -> ConfigDict:

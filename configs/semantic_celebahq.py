@@ -12,7 +12,8 @@ that its code leaves untrained; here it is trained. Not reproduced here.
 
 from ml_collections import ConfigDict
 
-from lfm_jax.config import default_config, lfm_network, sd_latents_256, smoke, variants
+from lfm_jax.config import default_config
+from lfm_jax.experiments import lfm_network, sd_latents_256, smoke, variants
 
 
 def get_config(variant: str = "") -> ConfigDict:

@@ -10,25 +10,15 @@ scratch: raise train.steps. Figures: docs/results/conditions.json, measured by
 benchmarks/conditions.py.
 """
 
-import importlib.util
-from pathlib import Path
+from functools import partial
 
 from ml_collections import ConfigDict
 
-from lfm_jax.config import smoke, variants
-
-
-def fashion_mnist() -> ConfigDict:
-    """The config of the run that this one starts from."""
-    file = Path(__file__).parent / "fashion_mnist.py"
-    spec = importlib.util.spec_from_file_location("fashion_mnist", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config()
+from lfm_jax.experiments import neighbour, smoke, variants
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    config = fashion_mnist()
+    config = neighbour(__file__, "fashion_mnist.py")
     config.condition.kind = "semantic"
     config.condition.source = "garment_parts"
     config.condition.channels = 16
@@ -42,9 +32,4 @@ def get_config(variant: str = "") -> ConfigDict:
     config.sample.batch_size = 500
     config.sample.guidance = 1.0
 
-    return variants(config, variant, smoke=_smoke)
-
-
-def _smoke(config: ConfigDict) -> ConfigDict:
-    config.data.limit = 512
-    return smoke(config, synthetic=False)
+    return variants(config, variant, smoke=partial(smoke, synthetic=False, limit=512))

@@ -7,7 +7,8 @@ import pytest
 from checkout import ROOT
 
 from lfm_jax.config import content_hash, default_config, overrides, to_json
-from lfm_jax.config_check import _RULES, check_config
+from lfm_jax.config_check import check_config
+from lfm_jax.config_rules import RULES
 from lfm_jax.errors import UserError
 from lfm_jax.models import count_params, create_model, init_params
 
@@ -98,7 +99,7 @@ def test_every_rule_belongs_to_a_field():
     flat = set()
     for name, value in default_config().items():
         flat |= {f"{name}.{k}" for k in value} if hasattr(value, "items") else {name}
-    assert set(_RULES) <= flat
+    assert set(RULES) <= flat
 
 
 def test_fields_that_contradict_are_refused():

@@ -11,9 +11,10 @@ from PIL import Image
 
 from lfm_jax import checkpoints, jobs
 from lfm_jax.boundary import load_boundary
-from lfm_jax.config import neighbour, to_json
+from lfm_jax.config import to_json
 from lfm_jax.config_check import check_config
 from lfm_jax.errors import UserError
+from lfm_jax.experiments import neighbour
 from lfm_jax.jobs import build, edit, editing
 from lfm_jax.models import init_params
 from lfm_jax.workdir import Workdir

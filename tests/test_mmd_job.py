@@ -10,10 +10,10 @@ from checkout import ROOT
 from etils import epath
 
 from lfm_jax import checkpoints, mmd
-from lfm_jax.config import neighbour
 from lfm_jax.config_check import check_config
 from lfm_jax.errors import UserError
 from lfm_jax.evaluate import FeatureStatistics
+from lfm_jax.experiments import neighbour
 from lfm_jax.features import Classifier, Extractor
 from lfm_jax.jobs import mmd_features, run_job
 from lfm_jax.jobs.mmd_monitor import Monitor
