@@ -1,26 +1,14 @@
-"""The command line, as `HELP` says it: flags, processes, config checks, then the job."""
+"""The command line, as `lfm_jax.help` says it: flags, processes, config checks, then the job."""
 
 import json
 import os
 import sys
+from pathlib import Path
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from lfm_jax import errors
-
-HELP = """Latent flow matching: train, sample and measure.
-
-  python -m lfm_jax.main --config=configs/digits.py --workdir=runs/digits
-
-  --config=FILE[:VARIANT]   an experiment of configs/; configs/base.py lists every field
-  --config.KEY=VALUE        override one field, e.g. --config.train.steps=500
-  --workdir=DIR             where the run lives; the same command goes on where it stopped
-  --job=JOB                 one stage instead of the config's own job:
-{jobs}
-
-Exit status: 0 done, 2 a mistake in flags or input, 75 preempted after saving (rerun), 1 the rest.
-"""
+from lfm_jax import errors, help
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment file, lock on.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder.")
@@ -28,7 +16,7 @@ _JOB = flags.DEFINE_string("job", None, "Stage to run; default: the config's job
 
 
 def run() -> None:
-    """Console entry point; the exit status is described in `HELP`."""
+    """Console entry point; the exit status is described in `lfm_jax.help`."""
     app.run(main, flags_parser=_parse_flags)
 
 
@@ -54,10 +42,11 @@ def _parse_flags(argv: list[str]) -> list[str]:
     if {"--help", "-h", "--helpfull"} & set(argv):
         from lfm_jax.jobs import JOBS
 
-        lines = "\n".join(f"      {name:<12}{summary}" for name, (_, summary) in JOBS.items())
-        print(HELP.format(jobs=lines))
+        job = next((a.partition("=")[2] for a in argv if a.startswith("--job=")), "")
+        print(help.text({name: summary for name, (_, summary) in JOBS.items()}, job))
         sys.exit(errors.OK)
     try:
+        _check_file(argv)
         rest = flags.FLAGS(argv)
         if len(rest) > 1:
             raise errors.UserError(f"{rest[1]!r}: expected --flag=value")
@@ -66,11 +55,25 @@ def _parse_flags(argv: list[str]) -> list[str]:
                 raise errors.UserError(f"--{flag.name} is missing; see --help")
         list(_CONFIG.value)  # a file that does not load fails here and not on the first use
     except (KeyError, AttributeError) as error:  # ml_collections' word for an unknown field
-        errors.end(f"--config: unknown field {error.args[0]}", errors.USER_MISTAKE)
+        words = str(error.args[0]).replace("\\n", " ").replace("\\'", "").strip("'\"")
+        errors.end(f"--config: unknown field {words}", errors.USER_MISTAKE)
     except Exception as error:  # config files are code: whatever they raise is the user's to mend
         errors.end(error, errors.USER_MISTAKE)
     logging.set_verbosity(logging.WARNING)
     return rest
+
+
+def _check_file(argv: list[str]) -> None:
+    """Refuse a config file that is not there with the name of one that is."""
+    for argument in argv:
+        if argument.startswith("--config="):
+            file = Path(argument.partition("=")[2].rpartition(".py")[0] + ".py")
+            if not file.is_file():
+                there = {path.name: path for path in file.parent.glob("*.py")}
+                raise errors.UserError(
+                    f"{argument}: no such file{errors.near(file.name, there)}; expected "
+                    "FILE.py[:VARIANT]"
+                )
 
 
 if __name__ == "__main__":

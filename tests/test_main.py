@@ -22,13 +22,35 @@ def test_help_is_short_and_names_the_jobs(command_line):
         assert word in done.stdout
 
 
+def test_help_of_a_job_lists_its_options():
+    from lfm_jax import help
+    from lfm_jax.config import default_config
+    from lfm_jax.jobs import JOBS
+
+    jobs = {name: summary for name, (_, summary) in JOBS.items()}
+    config = default_config()
+    for job in JOBS:
+        shown = help.text(jobs, job)
+        assert f"--job={job}" in shown and jobs[job] in shown
+        for section in help.SECTIONS.get(job, (job,)):
+            assert {name.partition(".")[2] for name, _, _ in help.options(section)} == set(
+                config[section]
+            ), section
+    assert "--config.sample.num_steps=" in help.text(jobs, "sample")
+    assert "--config.train.steps=1000\n        updates in all" in help.text(jobs, "train")
+
+
 @pytest.mark.parametrize(
     "flags, words",
     [
         ((DIGITS, "--config.train.stepz=3"), ("stepz", "steps")),
         ((DIGITS, "--config.train.steps=many"), ("steps", "many")),
-        ((DIGITS, "--job=fly"), ("fly", "pipeline")),
-        ((f"--config={ROOT}/configs/none.py",), ("none.py",)),
+        ((DIGITS, "--job=trian"), ("did you mean train?", "pipeline")),
+        ((f"--config={ROOT}/configs/digitz.py",), ("digitz.py", "did you mean digits.py?")),
+        # Refused before anything is trained that a later stage could not use.
+        ((DIGITS, "--config.sample.solver=huen"), ("sample.solver", "did you mean heun?")),
+        ((DIGITS, "--config.model.name=DiT-B/3"), ("did you mean DiT-B/", "DiT-XL/2")),
+        ((DIGITS, "--config.evaluate.extractor=incepton"), ("did you mean inception?",)),
         ((DIGITS, "--nonsense=1"), ("nonsense",)),
         (
             (DIGITS, "--config.data.source=idx", "--config.data.path=/no/such/folder"),

@@ -13,7 +13,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from lfm_jax import preemption
-from lfm_jax.errors import UserError
+from lfm_jax.errors import UserError, near
 from lfm_jax.workdir import Workdir, claim, held, write_result
 
 # name -> (module, what it does in a line)
@@ -43,7 +43,7 @@ def run_job(name: str, config: ConfigDict, workdir: str) -> dict[str, Any]:
         UserError: an unknown job, or a workdir that another run is in or another config's.
     """
     if name not in JOBS:
-        raise UserError(f"--job={name}: expected one of {', '.join(JOBS)}")
+        raise UserError(f"--job={name}{near(name, JOBS)}: expected one of {', '.join(JOBS)}")
     folder = Workdir(epath.Path(workdir))
     job = importlib.import_module(f"lfm_jax.jobs.{JOBS[name][0]}")
     origin = importlib.import_module("lfm_jax.jobs.origin")

@@ -16,7 +16,7 @@ from jaxtyping import Int
 from ml_collections import ConfigDict
 
 from lfm_jax import rng, sharding
-from lfm_jax.errors import UserError
+from lfm_jax.errors import UserError, near
 from lfm_jax.flow import SDE_METHODS, SOLVERS
 from lfm_jax.jobs import build, guide, solve
 from lfm_jax.jobs import condition as conditions
@@ -55,7 +55,7 @@ class Generator:
         `codec` and `mesh` are the config's own unless given.
         """
         section = config.sample
-        _check_solver(section)
+        check_solver(section)
         codec = codec or build.codec(config, workdir)
         return cls(
             model=build.network(config),
@@ -196,7 +196,7 @@ class Generator:
         )
 
 
-def _check_solver(section: ConfigDict) -> None:
+def check_solver(section: ConfigDict) -> None:
     """Refuse names that the compiled program would refuse, before anything is read or trained.
 
     Raises:
@@ -208,7 +208,7 @@ def _check_solver(section: ConfigDict) -> None:
     for key, known in names.items():
         if section[key] not in known:
             raise UserError(
-                f"--config.sample.{key}={section[key]}: expected one of "
+                f"--config.sample.{key}={section[key]}{near(section[key], known)}: expected one of "
                 + ", ".join(name or '""' for name in known)
             )
     adaptive = [name for name, solver in SOLVERS.items() if solver.adaptive]

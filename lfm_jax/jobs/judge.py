@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from lfm_jax import sharding
 from lfm_jax.data import ImageSource
-from lfm_jax.errors import UserError
+from lfm_jax.errors import UserError, near
 from lfm_jax.evaluate import FeatureSet, SampleFile, collect_features, jpeg_round_trip
 from lfm_jax.features import (
     PUBLISHED,
@@ -40,19 +40,25 @@ def judge(config: ConfigDict, workdir: Workdir) -> tuple[Extractor, float | None
     Raises:
         UserError: an unknown name.
     """
+    check_name(config)
     section = config.evaluate
     if section.extractor == "classifier":
         return _classifier(config, workdir)
     if section.extractor == "random":
         return _random(config), None
-    if section.extractor in PUBLISHED:
-        return open_extractor(
-            section.extractor, weights=section.weights or "", pipeline=section.pipeline
-        ), None
-    raise UserError(
-        f"--config.evaluate.extractor={section.extractor}: expected one of classifier, random, "
-        + ", ".join(PUBLISHED)
-    )
+    return open_extractor(
+        section.extractor, weights=section.weights or "", pipeline=section.pipeline
+    ), None
+
+
+def check_name(config: ConfigDict) -> None:
+    """Raises a `UserError` where `evaluate.extractor` is not a name that `judge` knows."""
+    name, known = config.evaluate.extractor, ("classifier", "random", *PUBLISHED)
+    if name not in known:
+        raise UserError(
+            f"--config.evaluate.extractor={name}{near(name, known)}: expected one of "
+            + ", ".join(known)
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

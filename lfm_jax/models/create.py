@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
-from lfm_jax.errors import UserError
+from lfm_jax.errors import UserError, near
 from lfm_jax.models import dit, macs
 from lfm_jax.models.adm import ADM
 from lfm_jax.models.conditioning import Cond
@@ -60,7 +60,7 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
         UserError: an unknown name or field.
     """
     if name not in NAMES:
-        raise UserError(f"model: {name!r} is none of {', '.join(NAMES)}")
+        raise UserError(f"model: {name!r}{near(name, NAMES)} is none of {', '.join(NAMES)}")
     module, preset = NAMES[name]
     fields = [f.name for f in dataclasses.fields(module) if f.name not in ("parent", "name")]
     for field in overrides:
