@@ -46,7 +46,13 @@ setup(
         "torch": ["torch>=2.4"],  # only to read .pt, .pth and .ckpt files
         "lmdb": ["lmdb>=1.4"],
         "wandb": ["wandb>=0.17"],
-        "docs": ["mkdocs-material>=9.6", "mkdocstrings[python]>=0.29"],  # mkdocs build
+        "docs": [  # mkdocs build
+            "mkdocs-material>=9.6",
+            "mkdocstrings[python]>=0.29",
+            "mkdocs-jupyter>=0.25",
+            "latex2mathml>=3.77",
+        ],
+        "types": ["basedpyright>=1.40"],  # basedpyright
         "test": [
             "jax[tpu]",
             "pytest>=8",

@@ -6,6 +6,7 @@
 A table stands between one of these lines and ``<!-- end of table -->``:
 
     <!-- table: topic [topic ...] -->    all figures of the topics, those that do not hold included
+    <!-- some: topic/name; topic/name -->   figures whose names begin so, where they have a bound
     <!-- claims -->                      the claims of the papers with their verdicts
     <!-- claim: letter -->               the figures of one of them
     <!-- estimates -->                   hours and bytes of the large recipes, by the closed form
@@ -23,7 +24,7 @@ from benchmarks.figures import RESULTS, TOPICS
 
 ROOT = RESULTS.parent.parent
 _BLOCK = re.compile(
-    r"(<!-- (table|claims|claim|estimates)(?:: ([a-z ]+))? -->\n).*?(<!-- end of table -->)",
+    r"(<!-- (table|some|claims|claim|estimates)(?:: ([^>]+))? -->\n).*?(<!-- end of table -->)",
     re.DOTALL,
 )
 _HEAD = ["| figure | measured | asked for | holds |", "|---|---|---|---|"]
@@ -65,11 +66,16 @@ def rows(topic: str) -> Iterator[str]:
         yield from map(row, json.loads(path.read_text())["figures"])
 
 
-def table(topics: list[str]) -> str:
-    """The table of the topics' figures, or a line that says there are none yet."""
+def check_topics(topics: list[str]) -> None:
+    """Raises a `ValueError` where one is not a topic of `benchmarks.figures`."""
     unknown = [topic for topic in topics if topic not in TOPICS]
     if unknown:
         raise ValueError(f"topic {unknown[0]!r}: expected some of {', '.join(TOPICS)}")
+
+
+def table(topics: list[str]) -> str:
+    """The table of the topics' figures, or a line that says there are none yet."""
+    check_topics(topics)
     body = [row for topic in topics for row in rows(topic)]
     if not body:
         return f"No figure of {', '.join(topics)} has been measured yet.\n"
@@ -80,6 +86,15 @@ def table(topics: list[str]) -> str:
 
 def _sources(topics: Iterable[str]) -> str:
     return ", ".join(f"`docs/results/{topic}.json`" for topic in dict.fromkeys(topics))
+
+
+def some(wanted: str) -> str:
+    """The figures with a bound whose names begin as told: ``topic/name; topic/name``."""
+    tests = [claims.Test(*part.strip().split("/", 1)) for part in wanted.split(";")]
+    check_topics([test.topic for test in tests])
+    found = [f for test in tests for f in test.found() if f["op"] != "report"]
+    lines = ["", *_HEAD, *map(row, found)] if found else ["", "Not measured yet."]
+    return "\n".join([*lines, "", f"More: {_sources(test.topic for test in tests)}.", ""])
 
 
 def claim(letter: str) -> str:
@@ -105,6 +120,7 @@ def updated(text: str) -> str:
         line, kind, what, end = match.groups()
         content = {
             "table": lambda: table(what.split()),
+            "some": lambda: some(what),
             "claims": lambda: "\n".join(["", *claims.summary(), ""]),
             "claim": lambda: claim(what),
             "estimates": lambda: "\n".join(["", *estimates.table(), ""]),

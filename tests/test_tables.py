@@ -76,3 +76,13 @@ def test_estimates_follow_the_closed_form():
     seconds = flops * steps * batch / (8 * 989e12 * 0.4)
     assert estimates.hours(recipe, "8 x H200") == pytest.approx(seconds / 3600)
     assert estimates.latent_gigabytes(recipe) == pytest.approx(1_281_167 * 32 * 32 * 8 * 4 / 1e9)
+
+
+def test_some_figures_are_picked_by_topic_and_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "RESULTS", tmp_path)
+    figures.record("vae", "speed of one", 2, "<=", 1, "command")
+    figures.record("vae", "speed of two", 2, "report", None, "command")
+    page = tables.updated("<!-- some: vae/speed of; mmd/x -->\n<!-- end of table -->\n")
+    assert "| speed of one | 2 | <= 1 | **no** |" in page and "two" not in page
+    with pytest.raises(ValueError, match="expected some of"):
+        tables.updated("<!-- some: nothing/x -->\n<!-- end of table -->")
