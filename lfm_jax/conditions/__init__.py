@@ -8,9 +8,9 @@ from lfm_jax.conditions.condition import (
     input_sizes,
     training_condition,
 )
-from lfm_jax.conditions.encoders import RESCALERS, SCHEMES, LayoutEncoder, MapEncoder, corner_tokens
+from lfm_jax.conditions.encoders import LayoutEncoder, MapEncoder, corner_tokens
 from lfm_jax.conditions.guidance import Weighted, guided
-from lfm_jax.conditions.inpainting import MASK_CHANNELS, Inpainting, composite
+from lfm_jax.conditions.inpainting import Inpainting, composite
 from lfm_jax.conditions.layout import Layout
 from lfm_jax.conditions.masks import MASKS, draw_mask, draw_masks
 from lfm_jax.conditions.replacement import inpaint_by_replacement, latent_hole
@@ -20,9 +20,6 @@ from lfm_jax.conditions.widen import widen
 __all__ = [
     "ENCODER",
     "MASKS",
-    "MASK_CHANNELS",
-    "RESCALERS",
-    "SCHEMES",
     "Condition",
     "Inpainting",
     "Layout",

@@ -11,8 +11,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lfm_jax.models import layers
 
-RESCALERS = ("average", "patches")
-SCHEMES = ("boxes", "corners")
 GRID = 90  # positions a side of the ``corners`` vocabulary: floor(sqrt(VOCABULARY))
 VOCABULARY = 8192
 FREQUENCIES = 6

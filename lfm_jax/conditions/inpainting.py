@@ -28,8 +28,6 @@ from lfm_jax.models.layers import patchify
 from lfm_jax.vae import Codec
 from lfm_jax.vae.autoencoder import AnyArray
 
-MASK_CHANNELS = ("nearest", "pixels")
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Inpainting:

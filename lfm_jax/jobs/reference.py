@@ -16,8 +16,6 @@ from lfm_jax.jobs.judge import BATCH, Images, Look, judge, of_source, spread
 from lfm_jax.vae import Codec, to_uint8
 from lfm_jax.workdir import Workdir
 
-OF = ("images", "latents")
-
 
 def inputs(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     section = config.reference
