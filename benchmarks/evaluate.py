@@ -3,8 +3,8 @@
 Speed is a ratio measured in one run, alternating, median of repeats; networks carry shared random
 weights, since speed does not depend on them. Run it on an otherwise idle machine::
 
-    python benchmarks/evaluate.py            # all questions
-    python benchmarks/evaluate.py frechet    # one: parity inception frechet recall devices
+    python -m benchmarks.evaluate            # all questions
+    python -m benchmarks.evaluate frechet    # one: parity inception frechet recall devices
 """
 
 import importlib
@@ -18,13 +18,13 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from figures import RESULTS, record
 
+from benchmarks.figures import RESULTS, record
 from lfm_jax import evaluate
 from lfm_jax.features import resize
 from lfm_jax.features.inception import make_inception, params_from_torch
 
-COMMAND = "python benchmarks/evaluate.py"
+COMMAND = "python -m benchmarks.evaluate"
 # Other people's networks with random weights are made where the tests make theirs.
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 oracles = importlib.import_module("oracles")

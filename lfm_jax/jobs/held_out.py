@@ -27,6 +27,7 @@ from lfm_jax.writers import image_grid, save_image
 
 _KID_SUBSET = 1000
 _IN_MEMORY = 2**30  # bytes of real images that judges of pixels may load at once
+_LOST = 1e-6  # FD of reconstructions below which nothing is lost: pixels, there is no ratio
 _SUSPECTS = 10  # rows of the picture of nearest neighbours
 
 
@@ -71,7 +72,8 @@ def beside_held_out(
             "fd_floor": frechet_of(floor.statistics, real.statistics),
             "kid_floor": _kid(floor, real),
         }
-        figures["fd_over_reconstruction"] = figures["fd_samples"] / figures["fd_reconstruction"]
+        if figures["fd_reconstruction"] > _LOST:
+            figures["fd_over_reconstruction"] = figures["fd_samples"] / figures["fd_reconstruction"]
     if section.memorisation:
         figures |= _memorisation(config, workdir, look, fake, real, samples, train)
     if samples.labels is None or not train.num_classes:
