@@ -139,17 +139,23 @@ def inpaint(config: ConfigDict, run: Path, base: Path | None, count: int, comman
         f"{repeats} completions of each of {few} images, half and freeform masks")  # fmt: skip
     save_image(RESULTS / "conditions_inpainting.png", condition.given_grid(given, completed))
 
-    for scales in ((1.5, 1.0), (1.0, 1.5), (1.5, 1.5)):
-        made, _, given = sampled(config, workdir, params, masks="freeform", num_samples=count,
-                                 condition_guidance=scales[0], guidance=scales[1])  # fmt: skip
-        told = given.plain(np.arange(count))
-        completed = composite(made, told["image"], told["mask"])
-        real = look(of_array(told["image"]), count, "truth")
-        row = _scores(look, real, completed, told["image"], told["mask"])
-        rows.append(
-            {"masks": "freeform", "by": f"guided, mask {scales[0]}, class {scales[1]}"} | row
-        )
-        print(json.dumps(rows[-1]))
+    ways = {
+        f"guided, mask {mask}, class {label}": {"condition_guidance": mask, "guidance": label}
+        for mask, label in ((1.5, 1.0), (1.0, 1.5), (1.5, 1.5))
+    }
+    ways |= {f"euler, {n} steps": {"solver": "euler", "num_steps": n} for n in (1, 2, 4, 8)}
+    ways["heun, 16 steps"] = {"solver": "heun", "num_steps": 16}
+    for kind in ("lama", "freeform"):
+        for name, options in ways.items():
+            made, _, given = sampled(
+                config, workdir, params, masks=kind, num_samples=count // 2, **options
+            )
+            told = given.plain(np.arange(count // 2))
+            completed = composite(made, told["image"], told["mask"])
+            real = look(of_array(told["image"]), count // 2, "truth")
+            row = _scores(look, real, completed, told["image"], told["mask"])
+            rows.append({"masks": kind, "by": name, "samples": count // 2} | row)
+            print(json.dumps(rows[-1]))
     write_json(RESULTS / "conditions_inpainting.json", {"command": command, "rows": rows})
 
 
