@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.figures import record
-from benchmarks.vae import STABLE_DIFFUSION, channels_first, coders, inputs, shared_weights
+from benchmarks.vae_sides import STABLE_DIFFUSION, channels_first, coders, inputs, shared_weights
 
 
 def pytorch(oracle):
