@@ -15,9 +15,10 @@ from benchmarks.fuzz_readers import Reader, through
 
 
 def readers(folder: Path) -> Iterator[Reader]:
-    yield from _files(folder)
+    # First: what comes after it starts a backend here, and these compute in their forks.
     yield from _converters(folder)
     yield from _judges(folder)
+    yield from _files(folder)
 
 
 def _files(folder: Path) -> Iterator[Reader]:

@@ -1,5 +1,6 @@
 """A run that was interrupted ends as if nothing had been: in bits, in logs, in what it is told."""
 
+import argparse
 import json
 import logging
 import os
@@ -12,14 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from checkout import ROOT
 from etils import epath
 
-from lfm_jax import checkpoints, sharding
+from lfm_jax import checkpoints, mmd, sharding
 from lfm_jax.errors import Failed, Preempted, UserError
 from lfm_jax.evaluate import collect, collect_features
+from lfm_jax.experiments import neighbour
 from lfm_jax.features import Classifier, Extractor
 from lfm_jax.jobs.fit import fit
-from lfm_jax.state import create_state, make_step
+from lfm_jax.jobs.mmd_monitor import Monitor
+from lfm_jax.state import TrainState, create_state, make_step
+from lfm_jax.workdir import Workdir
 from lfm_jax.writers import ScalarWriter
 
 BATCH, BAD = 4, 17  # the example that is not a number
@@ -214,3 +219,43 @@ def test_a_pass_of_features_goes_on_where_it_was(tmp_path, monkeypatch):
     looked.clear()
     collect_features(judge, read, parts=tmp_path, **options)
     assert looked == []
+
+
+# ---- finetuning
+
+
+def test_a_bank_that_is_read_back_is_the_one_that_was_made(tmp_path):
+    """Or a run that made its bank would train on other rows than the one that goes on from it."""
+    rows = {"a": np.random.default_rng(0).normal(size=(6, 5)).astype(np.float32)}
+    made = mmd.make_bank(rows, np.array([2, 0, 1, 0, 2, 1]), num_classes=3)
+    mmd.save_bank(tmp_path / "bank.npz", made, {"seed": 0})
+    chex.assert_trees_all_equal(mmd.load_bank(tmp_path / "bank.npz", {"seed": 0}), made)
+    with pytest.raises(UserError, match="a: not finite"):
+        mmd.make_bank({"a": np.full((2, 2), 1e6)}, np.zeros(2, int))
+
+
+def test_every_validation_of_an_interrupted_finetuning_is_kept(tmp_path, monkeypatch):
+    """That of a snapshot that was worse than the one before too."""
+    config = neighbour(str(ROOT / "configs" / "base.py"), "mmd_digits.py", "smoke")
+    workdir = Workdir(epath.Path(tmp_path))
+    scores = {0: 9.0, 2: 3.0, 4: 5.0, 6: 4.0}
+
+    def monitor():
+        judge = argparse.Namespace(labels=np.zeros(250, np.int32), statistics=None, spread=1.0)
+        rows = [lambda params, part, key: ({"a": params["w"]},)]
+        return Monitor(config=config, workdir=workdir, rows=rows, judge=judge, record={"a": 1})
+
+    def watch(found, step):
+        score = lambda *_: scores[step]  # noqa: E731
+        monkeypatch.setattr("lfm_jax.jobs.mmd_monitor.frechet_of", score)
+        params = {"w": jnp.asarray(np.random.default_rng(step).normal(size=(250, 3)))}
+        found(TrainState(step=jnp.int32(step), params=params, opt_state=(), ema=None), step)
+
+    first = monitor()
+    for step in (0, 2, 4):
+        watch(first, step)
+    again = monitor()
+    assert [entry["step"] for entry in again.history] == [0, 2, 4]
+    watch(again, 6)
+    assert [entry["score"] for entry in again.history] == pytest.approx(list(scores.values()))
+    assert checkpoints.latest_step(workdir.checkpoints) == 2

@@ -1,5 +1,6 @@
 """Scores of a finetuning on validation features: the best snapshot is kept, collapse ends it."""
 
+import json
 from typing import Any
 
 import jax
@@ -8,12 +9,13 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from lfm_jax import checkpoints, mmd
+from lfm_jax import checkpoints, mmd, sharding
 from lfm_jax.config import to_json
 from lfm_jax.evaluate import FeatureStatistics, frechet_of
 from lfm_jax.jobs.mmd_bank import BATCH
 from lfm_jax.state import TrainState
 from lfm_jax.workdir import Workdir
+from lfm_jax.writers import write_json
 
 
 class Monitor:
@@ -29,7 +31,8 @@ class Monitor:
     ):
         self.config, self.workdir, self.record = config, workdir, record
         self.judge = judge
-        self.history: list[dict[str, float]] = self._earlier()
+        self._log = workdir.logs / "validation.json"
+        self.history: list[dict[str, float | int]] = self._earlier()
         count = -(-config.mmd.validate_samples // BATCH) * BATCH
         self._parts = [
             {
@@ -74,6 +77,9 @@ class Monitor:
         # Step 0 is the base itself: a score to beat, not a snapshot.
         if keep or (step and entry["score"] <= best):
             self._save(params, step)
+        # After the snapshot: a run that is killed between the two measures this step again.
+        if sharding.is_main_process():
+            write_json(self._log, {"record": self.record, "validation": self.history})
 
     def _save(self, params: Any, step: int) -> None:
         snapshot = TrainState(step=jnp.int32(step), params=_final(params), opt_state=(), ema=None)
@@ -83,10 +89,16 @@ class Monitor:
                 manager, step, snapshot, data=data, config=to_json(self.config), force=True
             )
 
-    def _earlier(self) -> list[dict[str, float]]:
-        """What an interrupted run had measured up to its snapshot."""
+    def _earlier(self) -> list[dict[str, float | int]]:
+        """What an interrupted run had measured, of snapshots that were not kept too."""
         if checkpoints.latest_step(self.workdir.checkpoints) is None:
             return []
+        try:
+            logged = json.loads(self._log.read_text())
+            if logged["record"] == self.record:
+                return list(logged["validation"])
+        except (OSError, ValueError, KeyError, TypeError):
+            pass  # the snapshot knows all that came before it
         with checkpoints.open_manager(self.workdir.checkpoints, keep=1) as manager:
             saved = checkpoints.read_json(manager, checkpoints.DATA)
         return saved["validation"] if saved["record"] == self.record else []

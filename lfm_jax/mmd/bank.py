@@ -77,11 +77,17 @@ def make_bank(
     *,
     num_classes: int = 0,
 ) -> Bank:
-    """A bank of `rows`, sorted by class.
+    """A bank of `rows`, sorted by class and rounded to float16.
+
+    Rounded here and not in the file alone, so that a run that reads its bank back goes on as the
+    one that made it.
 
     Raises:
-        UserError: a feature that is not finite, or a class of `num_classes` without a row.
+        UserError: a feature that is not finite in float16, or a class of `num_classes` without a
+            row.
     """
+    with np.errstate(over="ignore"):
+        rows = {name: np.asarray(values).astype(np.float16) for name, values in rows.items()}
     for name, values in rows.items():
         if not np.isfinite(values).all():
             raise UserError(
