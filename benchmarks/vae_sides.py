@@ -1,4 +1,4 @@
-"""The autoencoder's two sides with the same weights, diffusers' and ours, and how figures are kept."""
+"""The autoencoder on both sides, diffusers' and ours, with the same weights; figures kept."""
 
 import tempfile
 
