@@ -251,10 +251,12 @@ def encode_record(arrays: dict[str, Any], features: dict[str, Feature]) -> bytes
 
 
 def features_to_json(features: dict[str, Feature]) -> dict[str, Any]:
+    """A record's arrays, as ``metadata.json`` tells them."""
     return {name: {"shape": list(f.shape), "dtype": f.dtype} for name, f in features.items()}
 
 
 def features_from_json(value: dict[str, Any]) -> dict[str, Feature]:
+    """The inverse of `features_to_json`."""
     return {name: Feature(shape=tuple(f["shape"]), dtype=f["dtype"]) for name, f in value.items()}
 
 
@@ -266,6 +268,7 @@ def open_reader(path: Path) -> Any:
 
 
 def file_sha256(path: Path) -> str:
+    """sha256 hex of a file, read by pieces."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

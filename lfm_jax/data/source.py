@@ -58,6 +58,7 @@ class ImageSource:
 
     @property
     def num_classes(self) -> int:
+        """How many classes the labels are of; 0 without labels."""
         return len(self.class_names)
 
 

@@ -47,6 +47,7 @@ def t_max(convention: str) -> float:
 
 
 def check(convention: str) -> None:
+    """Raise `UserError` unless it is one of `CONVENTIONS`."""
     if convention not in CONVENTIONS:
         raise UserError(f"convention: {convention!r} is none of {', '.join(CONVENTIONS)}")
 

@@ -41,6 +41,7 @@ def remat(function: Callable, policy: str, *, prevent_cse: bool = True) -> Calla
 
 
 def check_remat(policy: str) -> None:
+    """Raise `UserError` unless it is a name of `REMAT_POLICIES`."""
     if policy not in REMAT_POLICIES:
         raise UserError(f"remat: {policy!r} is none of {', '.join(REMAT_POLICIES)}")
 
@@ -192,6 +193,7 @@ def modulate(
 
 
 def check_attention(backend: str) -> None:
+    """Raise `UserError` unless it is one of `ATTENTION_BACKENDS`."""
     if backend not in ATTENTION_BACKENDS:
         raise UserError(f"attention: {backend!r} is none of {', '.join(ATTENTION_BACKENDS)}")
 

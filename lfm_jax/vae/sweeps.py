@@ -127,11 +127,13 @@ def norm_conv(
 
 
 def plain_conv(model: AutoencoderKL, conv: Any, x: AnyArray, padding=layers.SAME) -> Array:
+    """A convolution with the parameters `conv`, as the module's own."""
     kernel, bias = (jnp.asarray(conv[k], model.dtype) for k in ("kernel", "bias"))
     return layers.convolve(jnp.asarray(x), kernel, bias, padding=padding, precision=model.precision)
 
 
 def shortcut(model: AutoencoderKL, block: Any, x: AnyArray) -> Array:
+    """What a residual block adds its output to: `x` in the block's channels."""
     if "conv_shortcut" in block:
         return plain_conv(model, block["conv_shortcut"], x, layers.NONE)
     return x
@@ -142,12 +144,14 @@ first_half = functools.partial(jax.jit, static_argnums=0)(norm_conv)
 
 @functools.partial(jax.jit, static_argnums=0)
 def second_half(model, block, statistics, h, x):
+    """The second norm and convolution of a residual block on a piece, and the sum."""
     y = norm_conv(model, block["norm2"], block["conv2"], statistics, h)
     return y + shortcut(model, block, x)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def attention(model, params, x):
+    """The self-attention of the middle block, on a whole map."""
     module = layers.Attention(
         model.norm_groups, model.norm_eps, dtype=model.dtype, precision=model.precision
     )

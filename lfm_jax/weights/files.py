@@ -36,6 +36,7 @@ class TensorFile:
     weights: str
 
     def need(self, name: str) -> np.ndarray:
+        """A tensor; `UserError` where there is none of that name."""
         if name not in self.tensors:
             first = next(iter(self.tensors), "nothing")
             shape = list(self.tensors[first].shape) if self.tensors else []
