@@ -63,7 +63,7 @@ def leak(bench: Bench, name: str, t: float) -> dict[str, Any]:
 
 def strips(bench: Bench, name: str, t: float) -> None:
     """Test images, originals first, then strength from left to right."""
-    strengths = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)
+    strengths = (-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0)
     judge = bench.judges[name]
     fitted, _, test = sets(bench, name, 0, tests=12)
     boundary = fit(bench.editor.invert(fitted.latents, t), fitted.sides)
