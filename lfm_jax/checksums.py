@@ -1,4 +1,4 @@
-"""Sums by which damage is found: of JSON values, and of arrays wherever they lie.
+"""Sums by which damage is found: of files, of JSON values, of arrays wherever they lie.
 
 Storage damages what it keeps, and compressed arrays with a flipped bit often still decode. An array
 is summed over the bits b_i of its elements as integers,
@@ -11,11 +11,13 @@ through.
 
 import hashlib
 import json
+import os
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from lfm_jax import sharding
 
@@ -70,6 +72,12 @@ def _host_sum(array: np.ndarray) -> int:
         weights = index * np.uint32(_FACTOR) | np.uint32(1)
         total += int((part * weights).sum(dtype=np.uint64))
     return total % 2**32
+
+
+def file_sha256(path: str | os.PathLike) -> str:
+    """sha256 hex of a file, local or in a bucket, read by pieces."""
+    with epath.Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def seal(values: dict[str, Any], key: str = "checksum") -> dict[str, Any]:

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from lfm_jax.checksums import is_sealed, seal
+from lfm_jax.checksums import file_sha256, is_sealed, seal
 from lfm_jax.data.latent_totals import Totals
 from lfm_jax.data.latents import (
     METADATA,
@@ -29,7 +29,6 @@ from lfm_jax.data.latents import (
     LatentCache,
     encode_record,
     features_to_json,
-    file_sha256,
     local_folder,
     open_cache,
     open_reader,

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Integer
 
-from lfm_jax.checksums import is_sealed
+from lfm_jax.checksums import file_sha256, is_sealed
 from lfm_jax.data.records import RecordError, encode_example, parse_example
 from lfm_jax.errors import UserError
 
@@ -265,12 +265,6 @@ def open_reader(path: Path) -> Any:
     from array_record.python.array_record_module import ArrayRecordReader
 
     return ArrayRecordReader(str(path), "readahead_buffer_size:0,max_parallelism:0")
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 hex of a file, read by pieces."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def local_folder(folder: str | os.PathLike[str]) -> Path:

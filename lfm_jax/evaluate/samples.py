@@ -6,7 +6,6 @@ any other.
 """
 
 import dataclasses
-import hashlib
 import math
 import os
 import zipfile
@@ -16,6 +15,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Integer, UInt8
 
+from lfm_jax.checksums import file_sha256
 from lfm_jax.errors import UserError
 
 ACCEPTED = "accepted: an npz with arr_0 uint8 [n, height, width, 1 or 3] and optional arr_1 int [n]"
@@ -89,8 +89,7 @@ class SampleFile:
     @property
     def sha256(self) -> str:
         """Of the whole file, hex."""
-        with self.path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        return file_sha256(self.path)
 
     def read(self) -> UInt8[np.ndarray, "n h w c"]:
         """All images."""

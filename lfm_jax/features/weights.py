@@ -6,7 +6,6 @@ because a network that is nearly the right one gives numbers that nearly compare
 """
 
 import dataclasses
-import hashlib
 import os
 import re
 import urllib.request
@@ -18,6 +17,7 @@ import safetensors
 import safetensors.numpy
 from tqdm import tqdm
 
+from lfm_jax.checksums import file_sha256
 from lfm_jax.errors import UserError
 
 
@@ -37,12 +37,6 @@ def cache_folder() -> Path:
     """``$LFM_CACHE``, else ``$XDG_CACHE_HOME/lfm_jax``, else ``~/.cache/lfm_jax``."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("LFM_CACHE") or Path(base) / "lfm_jax")
-
-
-def sha256_of(path: str | os.PathLike) -> str:
-    """sha256 (hex) of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def locate(path: str | os.PathLike, published: Published) -> Path:
@@ -66,7 +60,7 @@ def locate(path: str | os.PathLike, published: Published) -> Path:
 
 def check_sha256(file: Path, published: Published) -> None:
     """`UserError` unless the file's sha256 begins with the published digits."""
-    found = sha256_of(file)
+    found = file_sha256(file)
     if not found.startswith(published.sha256_prefix):
         raise UserError(
             f"weights {file}: sha256 {found[:16]}...; "

@@ -4,7 +4,6 @@ Tensors are read as numpy. safetensors and Flax msgpack need no PyTorch; ``.bin`
 and ``.ckpt`` are pickles and are read by PyTorch with ``weights_only=True``, which runs no code.
 """
 
-import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ import ml_dtypes
 import numpy as np
 from absl import logging
 
+from lfm_jax.checksums import file_sha256
 from lfm_jax.errors import UserError
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
@@ -163,8 +163,7 @@ def _verify_blob(path: Path) -> None:
 
 def check_sha256(path: str | Path, expected: str) -> None:
     """Raise `UserError` unless the file has this sha256 (hex)."""
-    with open(path, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = file_sha256(path)
     if found != expected.lower():
         raise UserError(f"{path}: sha256 is {found}, expected {expected}")
 

@@ -19,6 +19,7 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
+from lfm_jax.checksums import file_sha256
 from lfm_jax.errors import UserError
 
 EMA_KEYS = ("ema", "ema_state_dict", "model_ema", "ema_model", "state_dict_ema")
@@ -63,7 +64,7 @@ def read_tensors(file: str | os.PathLike, *, weights: str = "auto", sha256: str 
     path = _local(str(file))
     if not path.is_file():
         raise UserError(f"{file}: no such file")
-    found = _sha256(path)
+    found = file_sha256(path)
     logging.info("%s: sha256 %s", file, found)
     if sha256 and found != sha256.lower():
         raise UserError(f"{file}: sha256 is {found}, expected {sha256}")
@@ -181,11 +182,6 @@ def _array(value: Any) -> np.ndarray:
     if hasattr(value, "detach"):  # a torch tensor; bfloat16 has no numpy counterpart
         value = value.detach().float().numpy()
     return np.asarray(value, np.float32)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _local(file: str) -> Path:
