@@ -3,8 +3,11 @@
     python -m benchmarks.pictures path
     python -m benchmarks.pictures latents runs/fashion_mnist
     python -m benchmarks.pictures guidance runs/fashion_mnist
+    python -m benchmarks.pictures evaluation runs/fashion_mnist
+    python -m benchmarks.pictures scaling
 
-They are written to docs/pictures/. `latents` and `guidance` need a finished workdir.
+They are written to docs/pictures/. `latents`, `guidance` and `evaluation` need a finished workdir,
+`scaling` what `python -m benchmarks.aot` has written.
 """
 
 import json
@@ -22,7 +25,8 @@ from ml_collections import ConfigDict
 from benchmarks.figures import RESULTS
 from lfm_jax import checkpoints, flow
 from lfm_jax.config import default_config
-from lfm_jax.jobs import build
+from lfm_jax.evaluate import FeatureStatistics, frechet_of
+from lfm_jax.jobs import build, judge
 from lfm_jax.jobs.generate import Generator
 from lfm_jax.vae import from_uint8, to_uint8
 from lfm_jax.workdir import Workdir
@@ -33,6 +37,7 @@ import matplotlib.pyplot as plt
 FOLDER = RESULTS.parent / "pictures"
 _MEANS, _STD = (-1.5, 0.3, 1.6), 0.12
 _SCALES = (1.0, 1.5, 2.5, 4.0, 8.0)
+_COUNTS = (250, 500, 1000, 2000, 4000, 10_000)
 
 
 @flax.struct.dataclass
@@ -127,6 +132,56 @@ def guidance(workdir: str) -> None:
     _save(figure, "guidance")
 
 
+def evaluation(workdir: str) -> None:
+    """The Frechet distance of real images, reconstructions and samples against their number."""
+    config, place = _run(workdir)
+    extractor, _ = judge.judge(config, place)
+    look = judge.Look(extractor=extractor)
+    train, test = build.images(config, "train"), build.images(config, "test")
+    real = look(judge.of_source(test, np.arange(len(test))), len(test), "held-out")
+    count = config.sample.num_samples
+    order = np.random.default_rng(0).permutation(len(test))[:count]
+    with np.load(place.samples / "samples.npz") as file:
+        made = file["arr_0"][np.random.default_rng(0).permutation(len(file["arr_0"]))]
+    seen = np.random.default_rng(0).permutation(len(train))[:count]
+    rebuilt = judge.reconstructed(build.codec(config, place), judge.of_source(test, order))
+    lines = {
+        "samples": look(judge.of_array(made), len(made), "samples"),
+        "held-out images, reconstructed": look(rebuilt, len(order), "reconstructions"),
+        "real training images": look(judge.of_source(train, seen), len(seen), "train"),
+    }
+    figure, axis = plt.subplots(figsize=(6, 3.6))
+    for name, found in lines.items():
+        counts = [n for n in _COUNTS if n <= len(found.features)]
+        distances = [
+            frechet_of(FeatureStatistics.of(found.features[:n]), real.statistics) for n in counts
+        ]
+        axis.loglog(counts, distances, "o-", label=name)
+    axis.set_xlabel(f"images, against {len(test):,} held-out ones")
+    axis.set_ylabel(f"FD-{extractor.name}")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    _save(figure, "evaluation")
+
+
+def scaling() -> None:
+    """Memory of a chip in a training step of DiT-XL/2 by kind, as the TPU compiler counts it."""
+    programs = json.loads((RESULTS / "scale_aot.json").read_text())["programs"]
+    figure, axis = plt.subplots(figsize=(7, 0.5 * len(programs) + 1.4))
+    names = [f"{p['topology']}, fsdp {p['fsdp']}, remat {p['remat']}" for p in programs]
+    state = np.array([p["state"] for p in programs]) / 2**30
+    needed = np.array([p["needed"] for p in programs]) / 2**30
+    axis.barh(names, state, color="C0", label="state")
+    axis.barh(names, needed - state, left=state, color="C1", label="the rest of the peak")
+    for place, program in enumerate(programs):
+        limit = program["hbm"] / 2**30
+        axis.plot([limit, limit], [place - 0.4, place + 0.4], color="black")
+    axis.plot([], [], color="black", label="what a chip has")
+    axis.set_xlabel("GiB a chip, DiT-XL/2 in bfloat16, 16 images a chip")
+    axis.legend(loc="lower right")
+    _save(figure, "scaling")
+
+
 def _run(workdir: str) -> tuple[ConfigDict, Workdir]:
     """The config that a workdir was run with, on top of today's defaults."""
     place = Workdir(epath.Path(workdir))
@@ -143,7 +198,13 @@ def _save(figure: plt.Figure, name: str) -> None:
     print(FOLDER / f"{name}.png")
 
 
-PICTURES = {"path": path, "latents": latents, "guidance": guidance}
+PICTURES = {
+    "path": path,
+    "latents": latents,
+    "guidance": guidance,
+    "evaluation": evaluation,
+    "scaling": scaling,
+}
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in PICTURES:
