@@ -12,6 +12,7 @@ A dropped condition is the null of classifier-free guidance. Labels are dropped 
 with half of the dropped conditions, so that all four combinations are trained.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
@@ -138,6 +139,6 @@ def training_condition(
             batch["label"], label_keys, num_classes=num_classes, label_drop=label_drop
         )
         label = jnp.where(~keep & (chance[:, 1] < 0.5), num_classes, label)
-        return result.replace(label=label)
+        return dataclasses.replace(result, label=label)
 
     return cond

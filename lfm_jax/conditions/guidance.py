@@ -7,6 +7,7 @@ with condition c, class y and 0 for a dropped one (Brooks et al. 2023, "Instruct
 scale of 1 for either leaves two, both 1 leave the conditional velocity itself.
 """
 
+import dataclasses
 from typing import Any
 
 import flax.struct
@@ -57,7 +58,7 @@ class Weighted:
             return jnp.stack(parts, axis=1).reshape(count * parts[0].shape[0], *parts[0].shape[1:])
 
         cond = jax.tree.map(join, *self.conds)
-        many = self.velocity.replace(cond=cond)
+        many = dataclasses.replace(self.velocity, cond=cond)
         v = many(join(*[x] * count), join(*[t] * count))
         v = v.reshape(x.shape[0], count, *v.shape[1:])
         full = v[:, -1]
@@ -101,18 +102,18 @@ def guided(
     full = velocity.cond
     if num_classes:
         kept = with_label(velocity, num_classes).cond
-        none = null.replace(label=kept.label)
+        none = dataclasses.replace(null, label=kept.label)
         terms = [(1 - condition_scale, none), (condition_scale - label_scale, kept)]
         terms.append((label_scale, full))
     else:
-        none = null.replace(label=full.label)
+        none = dataclasses.replace(null, label=full.label)
         terms = [(1 - condition_scale, none), (condition_scale, full)]
     # The last term is also what stands outside of the interval.
     keeps_last = interval != (0.0, 1.0) or channels is not None
     used = [term for term in terms[:-1] if term[0]]
     used += terms[-1:] if terms[-1][0] or keeps_last else []
     if len(used) == 1 and used[0][0] == 1:
-        return velocity.replace(cond=used[0][1])
+        return dataclasses.replace(velocity, cond=used[0][1])
     return Weighted(
         velocity=velocity,
         conds=tuple(cond for _, cond in used),

@@ -13,6 +13,7 @@ A scale of exactly 1 is the strong velocity itself, at its own cost.
 both networks, because one compiled program serves all times.
 """
 
+import dataclasses
 from typing import Any
 
 import flax.struct
@@ -86,7 +87,7 @@ class Extrapolated:
             return jnp.stack([a, b], axis=1).reshape(2 * a.shape[0], *a.shape[1:])
 
         cond = jax.tree.map(pair, self.strong.cond, self.null_cond)
-        v = self.strong.replace(cond=cond)(pair(x, x), pair(t, t))
+        v = dataclasses.replace(self.strong, cond=cond)(pair(x, x), pair(t, t))
         v = v.reshape(x.shape[0], 2, *v.shape[1:])
         return v[:, 0], v[:, 1]
 

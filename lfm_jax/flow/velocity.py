@@ -6,6 +6,7 @@ with the call: ``t_max``, where sampling starts (1 for flows; less for imported 
 and ``network_calls``, how many network evaluations one call executes.
 """
 
+import dataclasses
 from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
@@ -69,4 +70,4 @@ def with_label(velocity: Any, label: Any) -> Any:
     if isinstance(label, int) and not 0 <= label <= classes:
         raise UserError(f"label: {label} is not in 0..{classes} ({classes} is the null class)")
     label = jnp.broadcast_to(jnp.asarray(label, cond.label.dtype), cond.label.shape)
-    return velocity.replace(cond=cond.replace(label=label))
+    return dataclasses.replace(velocity, cond=dataclasses.replace(cond, label=label))

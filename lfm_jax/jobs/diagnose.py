@@ -66,7 +66,7 @@ class Held:
             images=self.images[:count],
             latents=self.latents[:count],
             labels=None if self.labels is None else self.labels[:count],
-            velocity=self.velocity.replace(cond=cut),
+            velocity=dataclasses.replace(self.velocity, cond=cut),
             keys=self.keys[:count],
         )
 

@@ -4,6 +4,7 @@ The order is fixed: classifier-free guidance of the network, autoguidance of the
 weak network under the same condition, then the classifier's gradient on top.
 """
 
+import dataclasses
 import json
 from typing import Any
 
@@ -109,10 +110,10 @@ def further(
         how: channels, interval and rescale of autoguidance.
     """
     if beside.weak is not None:
-        weak = beside.weak.replace(cond=network.cond)
+        weak = dataclasses.replace(beside.weak, cond=network.cond)
         guided = autoguidance(guided, weak, scale=away, **how)
     if beside.classifier is not None:
-        log_prob = beside.classifier.replace(label=label)
+        log_prob = dataclasses.replace(beside.classifier, label=label)
         guided = classifier_guidance(guided, log_prob, scale=gradient, max_weight=max_weight)
     return guided
 

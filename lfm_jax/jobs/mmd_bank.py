@@ -1,5 +1,6 @@
 """Feature rows of real examples (or a teacher's), and the standardised spaces that they make."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -181,10 +182,12 @@ def feature_spaces(config: ConfigDict, bank: mmd.Bank) -> dict[str, mmd.Space]:
         )
         rows = space.rows(bank.rows[name], bank.labels)
         if options.real == "mean":
-            space = space.replace(attraction=mmd.mean_row(rows))
+            space = dataclasses.replace(space, attraction=mmd.mean_row(rows))
         elif options.real == "nystrom":
             key = jax.random.key(config.seed + 5)
             landmarks = min(options.landmarks, len(rows))
-            space = space.replace(attraction=mmd.nystrom(rows, space.kernel, landmarks, key))
+            space = dataclasses.replace(
+                space, attraction=mmd.nystrom(rows, space.kernel, landmarks, key)
+            )
         spaces[name] = space
     return spaces

@@ -174,7 +174,7 @@ def _judge(config, codec, cache, train, notes) -> Judge:
     sizes = {**base, "width": base["width"] - 8, "hidden": 96}
     network, weights, notes[f"validation {name}"] = train(name, _VALIDATION_SEED, sizes)
     feature_map = _trained_map(config, codec, name, _VALIDATION_SEED, network, weights)
-    feature_map = feature_map.replace(entries=("features",))
+    feature_map = dataclasses.replace(feature_map, entries=("features",))
     count = min(4 * config.mmd.validate_samples, max(len(cache) // 4, 2))
     chosen = shuffled(cache)[-count:]
     rows, labels = feature_rows(config, codec, cache, [feature_map], chosen, None)

@@ -7,6 +7,7 @@ finetuning and editing need no flag of their own, in the converted workdir or in
 starts from it.
 """
 
+import dataclasses
 import json
 from typing import Any
 
@@ -138,7 +139,7 @@ def started_from(state: TrainState, params: Any) -> TrainState:
     """A fresh state with these parameters, and their average, in its shardings."""
     placed = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), params, state.params)
     ema = None if state.ema is None else jax.tree.map(jnp.copy, placed)
-    return state.replace(params=placed, ema=ema)
+    return dataclasses.replace(state, params=placed, ema=ema)
 
 
 def check_fits(init: str, params: Any, wanted: Any) -> None:

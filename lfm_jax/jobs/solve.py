@@ -59,7 +59,7 @@ def _start(
     cond = Cond(label=labels)
     if plan.condition is not None:
         keep = jax.numpy.ones(indices.shape, bool)
-        cond = encoded(plan.condition[0], params, inputs, keep).replace(label=labels)
+        cond = dataclasses.replace(encoded(plan.condition[0], params, inputs, keep), label=labels)
     velocity = network = NetworkVelocity(
         params=params, cond=cond, model=plan.model, t_max=plan.model.t_max
     )
