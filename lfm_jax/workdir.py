@@ -245,8 +245,7 @@ def _claim(workdir: Workdir, config: ConfigDict) -> None:
     if workdir.config.exists():
         try:
             found = json.loads(workdir.config.read_text())["identity"]
-            # A field that was not there yet had its default; one that has become free binds no
-            # more.
+            # A field that was not there yet had its default; one that became free binds no more.
             found = _bound(_merged(config_lib.to_json(config_lib.default_config()), found))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(

@@ -4,7 +4,6 @@ import dataclasses
 from typing import Any
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from lfm_jax import sharding
@@ -34,7 +33,9 @@ def curve(
     name, rows, points = metric_name(real), [], {}
     for setting in settings:
         one = dataclasses.replace(generator, solver=generator.solver | setting)
-        images, stats = _samples(one, params, labels, section.curve_samples, config)
+        images, stats = one.first(
+            params, section.curve_samples, batch_size=config.sample.batch_size, labels=labels
+        )
         fake = look(of_array(images), len(images), _told(setting))
         value = frechet_of(fake.statistics, real.statistics)
         rows.append({"setting": _told(setting), **stats, name: value})
@@ -49,22 +50,6 @@ def curve(
         "num_real": len(held_out),
         "guidance": config.sample.guidance,
     }
-
-
-def _samples(
-    generator: Generator, params: Any, labels: np.ndarray | None, count: int, config: ConfigDict
-) -> tuple[np.ndarray, dict[str, float]]:
-    size = min(config.sample.batch_size, count)
-    images, counts = [], {"nfe": [], "network_calls": []}
-    for start in range(0, count, size):
-        indices = np.arange(start, start + size)
-        chosen = None if labels is None else labels[indices % len(labels)]
-        made, _, stats = generator(params, indices, chosen)
-        images.append(made)
-        for key, values in counts.items():
-            values.append(np.mean(stats[key]))
-    means = {key: float(np.mean(values)) for key, values in counts.items()}
-    return np.concatenate(images)[:count], means
 
 
 def setting_of(text: str) -> dict[str, Any]:

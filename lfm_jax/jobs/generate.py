@@ -109,6 +109,31 @@ class Generator:
         stats = {k: v[:n] if v.ndim else v for k, v in stats.items()}
         return images[:n], latents[:n], stats
 
+    def first(
+        self,
+        params: Any,
+        count: int,
+        *,
+        batch_size: int,
+        labels: Int[np.ndarray, " m"] | None,
+    ) -> tuple[np.ndarray, dict[str, float]]:
+        """The first `count` samples, and the mean counts of their solves.
+
+        Always by whole batches, so that one program serves all; what is over is cut off. Labels are
+        repeated as often as needed.
+        """
+        size = min(batch_size, count)
+        images, counts = [], {"nfe": [], "network_calls": []}
+        for start in range(0, count, size):
+            indices = np.arange(start, start + size)
+            chosen = None if labels is None else labels[indices % len(labels)]
+            made, _, stats = self(params, indices, chosen)
+            images.append(made)
+            for key, values in counts.items():
+                values.append(np.mean(stats[key]))
+        means = {key: float(np.mean(values)) for key, values in counts.items()}
+        return np.concatenate(images)[:count], means
+
     def strip(
         self,
         params: Any,

@@ -46,11 +46,17 @@ def watcher(config: ConfigDict, workdir: Workdir) -> Callable[[TrainState, int],
     real = look(of_source(test, held_out), len(held_out), "held-out real")
     name = metric_name(real)
     generator = Generator.from_config(config, workdir)
+    classes = np.arange(max(config.data.num_classes, 1), dtype=np.int32)
     start = checkpoints.latest_step(workdir.checkpoints) or 0
     writer = ScalarWriter(workdir.logs, _LOG, start=start) if sharding.is_main_process() else None
 
     def watch(state: TrainState, step: int) -> None:
-        images = samples(config, generator, state.best_params)
+        images, _ = generator.first(
+            state.best_params,
+            config.train.evaluate_samples,
+            batch_size=config.sample.batch_size,
+            labels=classes,
+        )
         fake = look(of_array(images), len(images), f"step {step}")
         value = _agreed(frechet_of(fake.statistics, real.statistics))
         if writer:
@@ -75,19 +81,6 @@ def summary(workdir: Workdir) -> dict[str, Any]:
     if best is None:
         return {}
     return {"best_step": best["step"], f"best {best['metric']}": best["value"]}
-
-
-def samples(config: ConfigDict, generator: Generator, params: Any) -> np.ndarray:
-    """The samples that every step is judged by: the first ones, evenly over the classes."""
-    count, size = config.train.evaluate_samples, config.sample.batch_size
-    size = min(size, count)
-    found = []
-    for start in range(0, count, size):
-        # Always a whole batch, so that one program serves all; what is over is cut off.
-        indices = np.arange(start, start + size)
-        labels = (indices % max(config.data.num_classes, 1)).astype(np.int32)
-        found.append(generator(params, indices, labels)[0])
-    return np.concatenate(found)[:count]
 
 
 def write_curve(workdir: Workdir, title: str, points: list[list[float | int]]) -> None:
