@@ -28,7 +28,10 @@ from jaxtyping import Array, Float, Num
 
 from lfm_jax.errors import UserError
 from lfm_jax.features.resize import center_crop, resize
+from lfm_jax.slicing import apply_sliced
 from lfm_jax.writers import write_bytes
+
+_LARGE = 128  # side of an image whose feature maps fill a CPU's cache
 
 
 @flax.struct.dataclass
@@ -68,7 +71,14 @@ class Extractor:
             raise UserError(
                 f"images of {self.name}: dtype {images.dtype}; accepted: uint8 in [0, 255]"
             )
-        return self.embed(jnp.asarray(images).astype(jnp.float32))
+        # On a CPU the feature maps of one large image fit into the cache, those of a batch do not.
+        alone = jax.default_backend() == "cpu" and self.input_size >= _LARGE
+        size = jax.device_count() if alone else len(images)
+        return apply_sliced(
+            lambda x: self.embed(jnp.asarray(x).astype(jnp.float32)),
+            images,
+            slice_size=max(size, 1),
+        )
 
     def embed(self, pixels: Float[Array, "b h w c"]) -> dict[str, Array]:
         """The same from float pixels on the byte scale [0, 255], unrounded: differentiable.
