@@ -7,6 +7,7 @@ A table stands between one of these lines and ``<!-- end of table -->``:
 
     <!-- table: topic [topic ...] -->    all figures of the topics, those that do not hold included
     <!-- some: topic/name; topic/name -->   figures whose names begin so, where they have a bound
+    <!-- picture: file; words -->        a picture of docs/, once it has been made
     <!-- claims -->                      the claims of the papers with their verdicts
     <!-- claim: letter -->               the figures of one of them
     <!-- estimates -->                   hours and bytes of the large recipes, by the closed form
@@ -24,7 +25,8 @@ from benchmarks.figures import RESULTS, TOPICS
 
 ROOT = RESULTS.parent.parent
 _BLOCK = re.compile(
-    r"(<!-- (table|some|claims|claim|estimates)(?:: ([^>]+))? -->\n).*?(<!-- end of table -->)",
+    r"(<!-- (table|some|picture|claims|claim|estimates)(?:: ([^>]+))? -->\n)"
+    r".*?(<!-- end of table -->)",
     re.DOTALL,
 )
 _HEAD = ["| figure | measured | asked for | holds |", "|---|---|---|---|"]
@@ -97,6 +99,14 @@ def some(wanted: str) -> str:
     return "\n".join([*lines, "", f"More: {_sources(test.topic for test in tests)}.", ""])
 
 
+def picture(wanted: str) -> str:
+    """A picture by its path in docs/ and its words, or a line that says it is not there yet."""
+    file, words = (part.strip() for part in wanted.split(";", 1))
+    if not (RESULTS.parent / file).exists():
+        return f"\nNot drawn yet: {words}.\n"
+    return f"\n![{words}]({file})\n"
+
+
 def claim(letter: str) -> str:
     """The figures of a claim with what was noted of them, and its verdict."""
     chosen = next(c for c in claims.CLAIMS if c.letter == letter)
@@ -121,6 +131,7 @@ def updated(text: str) -> str:
         content = {
             "table": lambda: table(what.split()),
             "some": lambda: some(what),
+            "picture": lambda: picture(what),
             "claims": lambda: "\n".join(["", *claims.summary(), ""]),
             "claim": lambda: claim(what),
             "estimates": lambda: "\n".join(["", *estimates.table(), ""]),

@@ -86,3 +86,12 @@ def test_some_figures_are_picked_by_topic_and_name(tmp_path, monkeypatch):
     assert "| speed of one | 2 | <= 1 | **no** |" in page and "two" not in page
     with pytest.raises(ValueError, match="expected some of"):
         tables.updated("<!-- some: nothing/x -->\n<!-- end of table -->")
+
+
+def test_a_picture_appears_once_it_is_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path / "results")
+    page = "<!-- picture: pictures/one.png; what it shows -->\n<!-- end of table -->\n"
+    assert "Not drawn yet: what it shows." in tables.updated(page)
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "one.png").touch()
+    assert "![what it shows](pictures/one.png)" in tables.updated(page)
