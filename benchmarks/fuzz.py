@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import random
+import re
 import resource
 import sys
 import tempfile
@@ -115,13 +116,13 @@ def _tracer(files: tuple[str, ...], lines: set[tuple[str, int]]) -> Callable:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--examples", type=int, default=2000, help="malformed inputs a reader")
-    parser.add_argument("--only", default="", help="readers whose name contains this")
+    parser.add_argument("--only", default="", help="regular expression of readers")
     parser.add_argument("--seed", type=int, default=0)
     flags = parser.parse_args()
     surprised = False
     with tempfile.TemporaryDirectory() as folder:
         for reader in readers(Path(folder)):
-            if flags.only not in reader.name:
+            if not re.search(flags.only, reader.name):
                 continue
             begin = time.perf_counter()
             found = fuzz(reader, max(1, int(flags.examples * reader.share)), flags.seed)

@@ -119,7 +119,7 @@ def _converters(folder: Path) -> Iterator[Reader]:
         )
     for name in ("autoencoder", "tiny autoencoder"):
         yield Reader(
-            name=name,
+            name=f"converter {name}",
             **_prepared(functools.partial(_autoencoder, folder, name)),
             allowed=(UserError,),
             share=0.02,

@@ -5,6 +5,7 @@
     python -m benchmarks.reliability storage --folder /tmp/reliability
     python -m benchmarks.reliability restore --folder /tmp/reliability
     python -m benchmarks.reliability fuzz --folder /tmp/reliability --examples 10000
+    python -m benchmarks.reliability guided --folder /tmp/reliability
     python -m benchmarks.reliability overhead --folder /tmp/reliability
     python -m benchmarks.reliability record --folder /tmp/reliability
 
@@ -18,14 +19,13 @@ import argparse
 import json
 import os
 import random
+import re
 import signal
 import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
-
-RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 
 
 class State:
@@ -145,11 +145,26 @@ def fuzz(state: State, flags: argparse.Namespace) -> None:
     state.put("rounds", "fuzz", number + 1)
     with tempfile.TemporaryDirectory() as folder:
         for reader in fuzzing.readers(Path(folder)):
+            if not re.search(flags.only, reader.name):
+                continue
             examples = max(1, int(flags.examples * reader.share))
             found = fuzzing.fuzz(reader, examples, 1000 * number + flags.seed)
             counts = {key: found[key] for key in ("tried", "refused", "accepted")}
             state.add("fuzz", reader.name, **counts, surprises=len(found["surprises"]))
             print(reader.name, found, flush=True)
+
+
+def guided(state: State, flags: argparse.Namespace) -> None:
+    """libFuzzer on the parsers of this package, `flags.seconds` each; needs atheris."""
+    from benchmarks import fuzz_guided
+
+    for name in fuzz_guided.READERS:
+        if not re.search(flags.only, name):
+            continue
+        found = fuzz_guided.found(name, flags.seconds)
+        counts = {"tried": found["tried"], "surprises": len(found["surprises"])}
+        state.add("guided", name, **counts)
+        print(name, found, flush=True)
 
 
 def overhead(state: State, flags: argparse.Namespace) -> None:
@@ -167,76 +182,14 @@ def overhead(state: State, flags: argparse.Namespace) -> None:
 
 def record(state: State, flags: argparse.Namespace) -> None:
     """The counts as figures, and all of them by kind beside."""
-    from benchmarks import figures
+    from benchmarks import reliability_record
 
-    counts = {}
+    counts: dict[str, Any] = {}
     for folder in (flags.folder, *flags.also):  # one a machine, or one a part
         for part, entries in State(folder).counts.items():
             if part != "problems":
                 counts.setdefault(part, {}).update(entries)
-    command = "python -m benchmarks.reliability {} --folder /tmp/reliability"
-    faults = {
-        f"{name} of {job}": (entry["signals"], entry["lost"])
-        for part, name in (("kills", "SIGKILL"), ("terms", "SIGTERM"))
-        for job, entry in counts.get(part, {}).items()
-    }
-    for part in ("storage", "restore"):
-        for kind, entry in counts.get(part, {}).items():
-            faults[kind] = (entry["faults"], entry["lost"])
-    killed = [entry for entry in counts.get("kills", {}).values()]
-    if killed:
-        moments = Counter()
-        for entry in killed:
-            moments.update({k: n for k, n in entry.items() if k.startswith("while ")})
-        note = f"{sum(e['trials'] for e in killed)} runs killed up to 5 times each; " + ", ".join(
-            f"{n} {moment}" for moment, n in moments.most_common()
-        )
-        kills_in_all = sum(e["signals"] for e in killed)
-        lost = sum(e["lost"] for e in killed)
-        figures.record(
-            "reliability",
-            "kills over all jobs",
-            kills_in_all,
-            ">=",
-            200,
-            command.format("kills"),
-            note,
-        )
-        figures.record(
-            *("reliability", "killed runs that did not end equal to the undisturbed one"),
-            *(lost, "==", 0, command.format("kills"), note),
-        )
-    if faults:
-        injected, lost = (sum(values) for values in zip(*faults.values(), strict=True))
-        note = ", ".join(f"{kind}: {n}" for kind, (n, _) in faults.items())
-        figures.record(
-            *("reliability", "share of injected faults survived", 1 - lost / injected, "==", 1.0),
-            *(command.format("kills|terms|storage|restore"), f"{injected} faults; {note}"),
-        )
-    if "fuzz" in counts:
-        tried = sum(entry["tried"] for entry in counts["fuzz"].values())
-        surprises = sum(entry["surprises"] for entry in counts["fuzz"].values())
-        note = ", ".join(f"{name} {entry['tried']:,}" for name, entry in counts["fuzz"].items())
-        figures.record(
-            *("reliability", "malformed inputs tried", tried, ">=", 100_000),
-            *(command.format("fuzz"), note),
-        )
-        figures.record(
-            *("reliability", "malformed inputs that raised anything undocumented", surprises),
-            *("==", 0, command.format("fuzz"), note),
-        )
-    if "overhead" in counts:
-        found = counts["overhead"]
-        figures.record(
-            *("reliability", "overhead of async checkpointing on step time, percent"),
-            *(found["asynchronous"], "<=", 3, command.format("overhead")),
-            f"a checkpoint every {found['steps']} steps of {1000 * found['step seconds']:.0f} ms "
-            "(1.06 M parameters with Adam and EMA, 17 MB), on the cores that compute; waited for "
-            f"it would be {found['waited for']:.1f} percent",
-        )
-    with open(RESULTS / "reliability_faults.json", "w") as file:
-        json.dump(counts, file, indent=1)
-        file.write("\n")
+    reliability_record.figures_of(counts)
 
 
 def main() -> None:
@@ -246,6 +199,7 @@ def main() -> None:
         "storage": storage,
         "restore": restore,
         "fuzz": fuzz,
+        "guided": guided,
         "overhead": overhead,
         "record": record,
     }
@@ -256,6 +210,8 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=30, help="at least this many a job")
     parser.add_argument("--jobs", default="", help="of the kill matrix; default all")
     parser.add_argument("--examples", type=int, default=10_000, help="malformed inputs a reader")
+    parser.add_argument("--seconds", type=int, default=60, help="of libFuzzer, a reader")
+    parser.add_argument("--only", default="", help="regular expression of readers to fuzz")
     parser.add_argument("--steps", type=int, default=200, help="of a window of the overhead")
     parser.add_argument("--repeats", type=int, default=8, help="windows of each kind")
     parser.add_argument("--seed", type=int, default=0)
