@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from flow_cases import Calls, Counting, Gaussian
 
+from lfm_jax.conditions import guided
 from lfm_jax.errors import UserError
 from lfm_jax.flow import (
     LogProbability,
@@ -18,6 +19,7 @@ from lfm_jax.flow import (
     with_label,
 )
 from lfm_jax.flow.path import expand
+from lfm_jax.models import NAMES, create_model
 from lfm_jax.models.conditioning import Cond
 
 CLASSES = 3
@@ -189,3 +191,15 @@ def test_guidances_compose_and_count_what_they_execute():
 def test_bad_options_are_named(make, named):
     with pytest.raises(UserError, match=named):
         make()
+
+
+@pytest.mark.parametrize("name", sorted({n.partition("-")[0] for n in NAMES}))
+def test_every_network_without_classes_refuses_guidance_in_a_line(name):
+    fields = {"null_row": True} if name == "DiT" else {}  # LFM's: a row, but no label to drop
+    velocity = NetworkVelocity(params={}, model=create_model(name, **fields), cond=Cond())
+    for options in ({}, {"num_classes": 0}, {"num_classes": 10}):
+        with pytest.raises(UserError, match=r"guidance: 2 needs .*null label.*0 classes"):
+            classifier_free(velocity, scale=2.0, **options)
+    with pytest.raises(UserError, match=r"guidance: 2 needs .*null label.*no classes"):
+        guided(velocity, Cond(), label_scale=2.0)
+    assert classifier_free(velocity, scale=1.0) is velocity

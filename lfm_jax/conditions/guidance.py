@@ -89,16 +89,21 @@ def guided(
         velocity: the network with condition and label.
         null: the dropped condition of each row (its label is not read).
         condition_scale: w_c, of the spatial map or the tokens.
-        label_scale: w_y; without classes it is not used.
+        label_scale: w_y; without classes 1.
         num_classes: the null label's number; 0 for a network without classes.
         channels, interval: as in `lfm_jax.flow.classifier_free`.
 
     Raises:
-        UserError: a scale below 0.
+        UserError: a scale below 0, or of a label that the network has not.
     """
     for name, scale in (("condition_guidance", condition_scale), ("guidance", label_scale)):
         if not scale >= 0:
             raise UserError(f"{name}: {scale:g} is not a number of at least 0")
+    if label_scale != 1 and not num_classes:
+        raise UserError(
+            f"guidance: {label_scale:g} needs a network with a null label; this one has no classes "
+            "(scale 1 needs none)"
+        )
     full = velocity.cond
     if num_classes:
         kept = with_label(velocity, num_classes).cond
