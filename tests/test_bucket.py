@@ -13,7 +13,8 @@ from lfm_jax import lease
 from lfm_jax.config import default_config
 from lfm_jax.data.latents import local_folder
 from lfm_jax.errors import UserError
-from lfm_jax.workdir import Workdir, claim, held, write_result
+from lfm_jax.lock import held
+from lfm_jax.workdir import Workdir, claim, write_result
 from lfm_jax.writers import ScalarWriter, write_bytes, write_json
 
 

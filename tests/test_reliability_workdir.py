@@ -15,7 +15,8 @@ from etils import epath
 from lfm_jax import errors, preemption
 from lfm_jax.config import default_config
 from lfm_jax.errors import Preempted, UserError
-from lfm_jax.workdir import Workdir, claim, held, is_done, write_result
+from lfm_jax.lock import held
+from lfm_jax.workdir import Workdir, claim, is_done, write_result
 
 DIGITS = f"--config={ROOT}/configs/digits.py:smoke"
 

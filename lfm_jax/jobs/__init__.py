@@ -14,7 +14,8 @@ from ml_collections import ConfigDict
 
 from lfm_jax import preemption
 from lfm_jax.errors import UserError, near
-from lfm_jax.workdir import Workdir, claim, held, write_result
+from lfm_jax.lock import held
+from lfm_jax.workdir import Workdir, claim, write_result
 
 # name -> (module, what it does in a line)
 JOBS: dict[str, tuple[str, str]] = {
