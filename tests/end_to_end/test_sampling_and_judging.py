@@ -14,7 +14,7 @@ from PIL import Image
 from lfm_jax import checkpoints, jobs, sharding
 from lfm_jax.config_check import check_config
 from lfm_jax.errors import UserError
-from lfm_jax.jobs.diagnose import _setting
+from lfm_jax.jobs.cost_curve import setting_of
 from lfm_jax.jobs.generate import Generator
 from lfm_jax.jobs.judge import share
 from lfm_jax.workdir import Workdir
@@ -263,11 +263,11 @@ def test_what_a_config_contradicts_is_named(changes, named):
 
 
 def test_settings_of_a_curve_are_read_or_refused():
-    assert _setting("heun:8") == {"solver": "heun", "num_steps": 8, "rtol": None, "atol": None}
-    assert _setting("dopri5:1e-3")["rtol"] == 1e-3
+    assert setting_of("heun:8") == {"solver": "heun", "num_steps": 8, "rtol": None, "atol": None}
+    assert setting_of("dopri5:1e-3")["rtol"] == 1e-3
     for text in ("foo:3", "heun", "heun:2.5", "euler:1e-3", "heun:-1"):
         with pytest.raises(UserError, match=text):
-            _setting(text)
+            setting_of(text)
 
 
 def test_processes_share_images_without_gap_or_overlap(monkeypatch):
