@@ -39,7 +39,7 @@ COMMAND = "python -m benchmarks.train_step --parts "
 
 def step(sizes: list[str], repeats: int, write: bool) -> None:
     for size in sizes:
-        _, ours = backbones.ours(size, scan=False)
+        _, ours = backbones.ours(size)
         _, theirs = backbones.pytorch(size, "compact")
         times: tuple[list[float], list[float]] = ([], [])
         for turn in range(repeats + 1):
