@@ -13,6 +13,7 @@ def neighbour(file: str, name: str, variant: str = "") -> ConfigDict:
     """The config of `name`, an experiment in the same folder as `file`."""
     path = Path(file).resolve().parent / name
     spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.get_config(variant)

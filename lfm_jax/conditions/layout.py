@@ -72,7 +72,7 @@ class Layout:
         """The objects as they are listed."""
         return {"boxes": arrays["boxes"], "classes": arrays["classes"]}
 
-    def encoder(self) -> nn.Module | None:
+    def encoder(self) -> nn.Module:
         """The `LayoutEncoder`."""
         return LayoutEncoder(
             num_classes=self.num_classes,

@@ -67,7 +67,7 @@ class Semantic:
         """The map."""
         return {"map": arrays["map"]}
 
-    def encoder(self) -> nn.Module | None:
+    def encoder(self) -> nn.Module:
         """The `MapEncoder`."""
         return MapEncoder(
             num_classes=self.num_classes,

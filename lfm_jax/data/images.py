@@ -15,6 +15,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -144,7 +145,7 @@ def _open_digits(*, split: str, preprocess: Preprocess) -> ImageSource:
 
     if split not in ("train", "test"):
         raise UserError(f"digits split {split!r}: expected one of train, test")
-    bunch = load_digits()
+    bunch: Any = load_digits()
     labels = bunch.target.astype(np.int32)
     place_in_class = np.zeros_like(labels)
     for digit in range(10):

@@ -229,7 +229,7 @@ def _digits(split: str) -> tuple[UInt8[np.ndarray, "_ 8 8"], ...]:
     """The digits of a split by class, every fifth of a class held out."""
     from sklearn.datasets import load_digits
 
-    bunch = load_digits()
+    bunch: Any = load_digits()
     images = np.round(bunch.images * (255 / 16)).astype(np.uint8)
     groups = [images[bunch.target == digit] for digit in range(10)]
     held_out = [np.arange(len(group)) % 5 == 4 for group in groups]

@@ -9,7 +9,8 @@ walked here directly.
     Feature  { BytesList bytes_list = 1 | Int64List int64_list = 3 },  each { repeated value = 1 }
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 Value = memoryview | int
 
@@ -80,7 +81,7 @@ def _feature(feature: memoryview) -> Value | None:
     return value
 
 
-def _fields(data: memoryview):
+def _fields(data: memoryview) -> Iterator[tuple[int, int, Any]]:
     """(field number, wire type, content) of each field of a message."""
     position, end = 0, len(data)
     while position < end:

@@ -38,7 +38,8 @@ def open_tfds(name: str, *, path: str, split: str, preprocess: Preprocess) -> Im
             f"tfds {folder}: prepared as {builder.info.file_format.value}; "
             f"expected array_record: {_PREPARE.replace('NAME', repr(name))}"
         )
-    features, splits = builder.info.features, builder.info.splits
+    features: Any = builder.info.features
+    splits = builder.info.splits
     if split == "test" and "test" not in splits and "validation" in splits:
         split = "validation"
     if split not in splits:

@@ -97,7 +97,9 @@ def measure(
         splits = min(10, fake.count)
         figures[label], figures[f"{label} std"] = inception_score(fake.logits, splits=splits)
     rows = [m for m in metrics if m in ("kid", "pr", "cmmd")]
-    if rows and real is None:
+    if not rows:
+        return figures
+    if real is None:
         raise UserError(
             f"evaluate.metrics: {rows[0]} needs features of real images; accepted: a reference "
             "with feats or arr_0 (--job=reference writes one)"

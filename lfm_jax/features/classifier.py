@@ -29,8 +29,11 @@ from lfm_jax.features.extractor import Extractor, read_params, write_params
 class LabelledImages(Protocol):
     """What is asked of a source: ``len``, ``batch(indices)``, ``num_classes``, ``fingerprint``."""
 
-    num_classes: int
-    fingerprint: str
+    @property
+    def num_classes(self) -> int: ...
+
+    @property
+    def fingerprint(self) -> str: ...
 
     def __len__(self) -> int: ...
 

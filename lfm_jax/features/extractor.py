@@ -16,7 +16,7 @@ import json
 import os
 from typing import Any
 
-import flax
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np

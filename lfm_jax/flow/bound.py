@@ -65,7 +65,7 @@ class WassersteinBound:
             "velocity Lipschitz constant": self.exponent,
             "velocity error": self.log_velocity,
         }
-        return max(factors, key=factors.get)
+        return max(factors, key=lambda name: factors[name])
 
     @property
     def vacuous(self) -> bool:

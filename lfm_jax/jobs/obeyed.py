@@ -44,6 +44,7 @@ def measure(
     """Figures of this workdir's own samples under held-out conditions."""
     codec = build.codec(config, workdir)
     given = conditions.given(config, codec)
+    assert given is not None  # `config.condition.kind` is not none here
     images = samples.read()
     told = given.plain(given.numbers(np.arange(len(images))))
     if config.condition.kind == "inpainting":

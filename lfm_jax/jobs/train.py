@@ -164,7 +164,7 @@ def _previews(config: ConfigDict, workdir: Workdir) -> Callable[[TrainState, int
     preview_codec = build.preview_codec(config, generator.codec)
     generator = dataclasses.replace(generator, codec=preview_codec)
     if generator.given is not None:
-        return _given_previews(workdir, generator)
+        return _given_previews(workdir, generator, generator.given)
     names = class_names(config)
     labels = np.repeat(np.arange(len(names) or _PREVIEWED, dtype=np.int32), _PREVIEWED)
 
@@ -177,9 +177,10 @@ def _previews(config: ConfigDict, workdir: Workdir) -> Callable[[TrainState, int
     return preview
 
 
-def _given_previews(workdir: Workdir, generator: Generator) -> Callable[[TrainState, int], None]:
+def _given_previews(
+    workdir: Workdir, generator: Generator, given: conditions.Given
+) -> Callable[[TrainState, int], None]:
     """The same under the first few held-out conditions."""
-    given = generator.given
     indices = np.arange(min(given.count, _PREVIEWED) * given.repeats)
     labels = None if given.labels is None else given.labels[given.numbers(indices)]
 
