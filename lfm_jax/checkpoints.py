@@ -325,6 +325,8 @@ def save_release(folder: epath.PathLike, params: Any, config: dict) -> None:
     handlers = {"params": ocp.StandardCheckpointHandler(), "config": ocp.JsonCheckpointHandler()}
     path = epath.Path(folder).absolute()
     fresh, old = path / ".fresh", path / ".old"
+    if old.exists() and not (path / "0").exists():  # killed between the two renames below
+        old.rename(path / "0")
     for leftover in (fresh, old):
         if leftover.exists():
             leftover.rmtree()

@@ -158,6 +158,14 @@ def test_retention_keeps_the_latest_every_nth_and_the_best(tmp_path):
     assert sorted(int(p.name) for p in tmp_path.iterdir()) == [2, 4, 5, 8, 9]
 
 
+def test_an_export_that_was_killed_in_the_swap_loses_no_release(tmp_path):
+    checkpoints.save_release(tmp_path, {"w": np.arange(3.0)}, {})
+    (tmp_path / "0").rename(tmp_path / ".old")
+    with pytest.raises(Failed):
+        checkpoints.save_release(tmp_path, {"w": object()}, {})
+    np.testing.assert_array_equal(checkpoints.load_release(tmp_path)["w"], np.arange(3.0))
+
+
 def test_encoding_again_mends_what_was_damaged(tmp_path):
     """A flipped shard, a missing one, a damaged description, a damaged record of what was done."""
 
