@@ -188,8 +188,17 @@ def record(state: State, flags: argparse.Namespace) -> None:
     for folder in (flags.folder, *flags.also):  # one a machine, or one a part
         for part, entries in State(folder).counts.items():
             if part != "problems":
-                counts.setdefault(part, {}).update(entries)
+                counts[part] = _added(counts.get(part, {}), entries, part == "overhead")
     reliability_record.figures_of(counts)
+
+
+def _added(ours: Any, theirs: Any, replace: bool) -> Any:
+    """Counts of two folders together; measurements are the later folder's."""
+    if not isinstance(ours, dict):
+        return theirs if replace else ours + theirs
+    missing = {key: value for key, value in theirs.items() if key not in ours}
+    both = {key: _added(ours[key], theirs[key], replace) for key in theirs if key in ours}
+    return {**ours, **both, **missing}
 
 
 def main() -> None:
