@@ -1,6 +1,7 @@
 """What a config may hold, checked before any job starts: its fields, and what they say together."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -9,11 +10,19 @@ from lfm_jax.config_rules import RULES
 from lfm_jax.errors import UserError
 
 
+def _passes(accepts: Callable[[Any], bool], value: Any) -> bool:
+    """Whether a rule accepts a value, which may be of a kind that it cannot compare."""
+    try:
+        return bool(accepts(value))
+    except (TypeError, ValueError, OverflowError):  # a tuple's entries are of any kind
+        return False
+
+
 def check_config(config: ConfigDict) -> None:
     """Raise `UserError` for the first field out of its range, and for fields that contradict."""
     for key, (accepts, words) in RULES.items():
         value = _get(config, key)
-        if value is not None and not accepts(value):
+        if value is not None and not _passes(accepts, value):
             raise UserError(f"--config.{key}={value}: expected {words}")
     _check_finite(config, "--config")
     if (config.sample.rtol is None) != (config.sample.atol is None):
