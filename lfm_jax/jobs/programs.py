@@ -148,7 +148,7 @@ def sample_step(config: ConfigDict, workdir: Workdir, mesh: Mesh) -> Step:
     )
 
 
-def _network_macs(config: ConfigDict, generator: Generator) -> float:
+def _network_macs(config: ConfigDict, generator: Generator) -> int:
     """Multiply-adds of one sample's solve; of an adaptive one, those of `num_steps` steps."""
     section = config.sample
     solver = "euler" if section.solver == "ddim" or section.sde else section.solver
