@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import resource
 import struct
 import subprocess
 import sys
@@ -117,6 +118,26 @@ def test_no_config_value_reaches_a_shell():
 
 
 # ---- claims
+
+
+@pytest.mark.parametrize(
+    "data, named",
+    [
+        (b"\x80\x05}r\x94\x93\x94\x28.", "memo"),  # a place in the memo: 5 GB of pointers
+        (b"\x80\x05}p680825748\n.", "memo"),
+        (
+            b"\x80\x05\x96\x00\x00\x00\x00\x00\x00\x60\x00.",
+            "bytearray8",
+        ),  # a bytearray of petabytes
+    ],
+)
+def test_a_pickle_gets_no_more_memory_than_it_has_bytes(tmp_path, data, named):
+    path = tmp_path / "a.pkl"
+    path.write_bytes(data)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError, match=named):
+        read_reference(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**18  # KiB
 
 
 @pytest.mark.parametrize("width, height", [(30_000, 30_000), (9000, 9000)])

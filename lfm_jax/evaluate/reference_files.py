@@ -23,6 +23,7 @@ import io
 import json
 import os
 import pickle
+import pickletools
 import zipfile
 from typing import Any
 
@@ -90,9 +91,21 @@ def _arrays(data: bytes) -> dict[str, Any]:
             header = np.lib.format.read_array_header_2_0
         if header(stream)[2] != np.dtype(object):
             raise ValueError("a bare array")
-        content = NumpyUnpickler(stream).load()
+        content = _unpickled(stream.read())
         return {"lfm": content.item() if isinstance(content, np.ndarray) else content}
-    return {"edm2": NumpyUnpickler(io.BytesIO(data)).load()}
+    return {"edm2": _unpickled(data)}
+
+
+def _unpickled(data: bytes) -> Any:
+    """What a pickle of numpy arrays holds.
+
+    The unpickler allocates what a few bytes claim: a length, or a place in its memo. Both are held
+    against the file first; lengths by `pickletools`, which reads them.
+    """
+    for opcode, argument, _ in pickletools.genops(data):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > len(data):
+            raise pickle.UnpicklingError(f"place {argument} of its memo, in {len(data)} bytes")
+    return NumpyUnpickler(io.BytesIO(data)).load()
 
 
 class NumpyUnpickler(pickle.Unpickler):
