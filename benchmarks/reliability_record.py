@@ -44,6 +44,17 @@ def _kills(jobs: dict[str, dict[str, int]]) -> None:
     lost = sum(entry["lost"] for entry in found)
     name = "killed runs that did not end equal to the undisturbed one"
     _record(name, lost, "==", 0, "kills", note)
+    train = jobs.get("train")
+    if train:
+        figures.record(
+            "pipeline",
+            "trainings resumed after kill -9 that did not end in bit-identical parameters",
+            train["lost"],
+            "==",
+            0,
+            COMMAND.format("kills"),
+            f"{train['signals']} kills at random moments in {train['trials']} runs",
+        )
 
 
 def _faults(counts: dict[str, Any]) -> None:
