@@ -53,11 +53,16 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
             needs = f"--config.mmd.{field}={options[field]:g}"
             origin.require_null_label(base.root, needs, "1 (off)")
     model, key = build.network(config), jax.random.key(config.seed)
+    shape = open_cache(latents(config, workdir)).latent_shape
+    wanted = jax.eval_shape(lambda: init_params(model, key, shape))
+    origin.check_fits(config.init, params, wanted)
+    mmd_features.check_names(options.features)
+    times = _grid_times(config, model)
+
+    # ---- from here on the workdir is this run's
     take_along(base, workdir)
     codec = build.codec(config, workdir)
     cache = open_cache(latents(config, workdir), encoder=codec.fingerprint)
-    wanted = jax.eval_shape(lambda: init_params(model, key, cache.latent_shape))
-    origin.check_fits(config.init, params, wanted)
 
     # ---- what is compared, and with what
     maps, judge, parts = mmd_features.feature_maps(config, workdir, codec, cache, model, params)
@@ -70,7 +75,7 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
         params,
         key,
         rank=options.lora_rank,
-        times=_grid_times(config, model),
+        times=times,
         steered=len(steps) > 1 or len(scales) > 1,
     )
     mask = None if options.trainable == "all" else mmd.trained_mask(options.trainable, tuned)

@@ -6,7 +6,7 @@ the workdir's ``features/`` or ``config.mmd.networks``: several finetunings shar
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -42,6 +42,15 @@ class Judge:
 # ---- the networks
 
 
+def check_names(features: Sequence[str]) -> None:
+    """Raises a `UserError` unless `features` are some of `FEATURES`."""
+    for name in features:
+        if name not in FEATURES:
+            raise UserError(f"--config.mmd.features={name}: expected some of {', '.join(FEATURES)}")
+    if not features:
+        raise UserError(f"--config.mmd.features is empty: expected some of {', '.join(FEATURES)}")
+
+
 def feature_maps(
     config: ConfigDict,
     workdir: Workdir,
@@ -53,7 +62,7 @@ def feature_maps(
     """The maps that the loss sees, the judge of snapshots, and how the trained networks did.
 
     Raises:
-        UserError: an unknown feature, or a network that does not take these images.
+        UserError: a network that does not take these images.
     """
     options, data = config.mmd, config.data
     maps, notes = [], {}
@@ -76,16 +85,12 @@ def feature_maps(
             maps.append(mmd.RawLatents())
         elif name == "random":
             maps.append(mmd.random_maps(jax.random.key(config.seed), codec.latent_channels))
-        elif name in PUBLISHED:
+        else:
             extractor = open_extractor(name, weights=options.weights_file or "")
             maps.append(mmd.Decoded(codec=codec, extractor=extractor, name=name))
-        else:
-            raise UserError(f"--config.mmd.features={name}: expected some of {', '.join(FEATURES)}")
     for feature_map in maps:
         if isinstance(feature_map, mmd.Decoded):
             feature_map.check(data.image_size, data.channels)
-    if not maps:
-        raise UserError(f"--config.mmd.features is empty: expected some of {', '.join(FEATURES)}")
     return maps, _judge(config, codec, cache, train, notes), notes
 
 

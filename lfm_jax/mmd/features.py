@@ -159,7 +159,7 @@ class RawLatents:
 class RandomMaps:
     """Two random convolutions, pooled: what an untrained network sees."""
 
-    kernels: tuple[Array, Array]
+    kernels: tuple[Any, Any]  # kernels [h, w, c, k]; placeholders while a pytree is rebuilt
     name: str = flax.struct.field(pytree_node=False, default="random")
 
     def __call__(self, latents: Any, labels: Any, keys: Any) -> Rows:

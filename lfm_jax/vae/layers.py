@@ -63,8 +63,8 @@ def group_statistics(
 def normalize(
     x: Float[Array, "b h w c"],
     statistics: tuple[Float[Array, "b g"], Float[Array, "b g"]],
-    scale: Float[Array, " c"],
-    bias: Float[Array, " c"],
+    scale: Float[Array | np.ndarray, " c"],
+    bias: Float[Array | np.ndarray, " c"],
     *,
     eps: float,
     dtype: Any = jnp.float32,
