@@ -150,7 +150,7 @@ PUBLISHED = {
         lambda: guided((0.5, 1, 1, 2, 2, 4, 4), 2, (16, 32, 64), **OPENAI, classes=1000),
         None,
         1000,
-        558.8,
+        559.0,  # the paper says 559
     ),
     "ADM 64": (
         "guided-diffusion-64",
