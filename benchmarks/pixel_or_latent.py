@@ -28,12 +28,12 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from benchmarks.figures import RESULTS, record
+from benchmarks.settings import judged
 from lfm_jax import checkpoints
 from lfm_jax.evaluate import frechet_of
 from lfm_jax.experiments import neighbour
 from lfm_jax.jobs import build, run_job
-from lfm_jax.jobs.generate import Generator
-from lfm_jax.jobs.judge import Look, judge, of_array, of_source, reconstructed, spread
+from lfm_jax.jobs.judge import Look, judge, of_source, reconstructed, spread
 from lfm_jax.models import forward_macs
 from lfm_jax.workdir import Workdir
 from lfm_jax.writers import image_grid, save_image, write_json
@@ -46,7 +46,6 @@ FLOWS = {
 }
 EULER = (1, 2, 4, 8, 16, 32, 64)
 TOLERANCES = (1e-3, 1e-5)
-_BATCH = 250
 
 
 def experiment(flow: str, steps: int) -> ConfigDict:
@@ -86,30 +85,14 @@ def curve(config: ConfigDict, workdir: Workdir, look: Look, real: Any, count: in
     found = json.loads(kept.read_text()) if kept.exists() else {}
     rows = found["rows"] if found.get("checkpoint") == workdir.checkpoint() else []
     params = jax.tree.map(jax.numpy.asarray, checkpoints.load_params(workdir.checkpoints))
-    labels = (np.arange(count) % config.data.num_classes).astype(np.int32)
     settings = [("euler", n) for n in EULER] + [("dopri5", t) for t in TOLERANCES]
     for solver, number in tqdm(settings[len(rows) :], unit="row"):
-        section = config.sample
-        section.solver = solver
-        section.num_steps = int(max(number, 1))
-        section.rtol = section.atol = number if number < 1 else None
-        generator = Generator.from_config(config, workdir)
-        parts = [
-            generator(params, range(i, i + _BATCH), labels[i : i + _BATCH])
-            for i in range(0, count, _BATCH)
-        ]
-        images = np.concatenate([images for images, _, _ in parts])
-        features = look(of_array(images), count, f"{solver} {number:g}")
-        rows.append(
-            {
-                "solver": solver,
-                "number": number,
-                "nfe": float(np.mean([np.mean(stats["nfe"]) for _, _, stats in parts])),
-                "fd": frechet_of(features.statistics, real.statistics),
-                "accuracy": float((features.logits.argmax(-1) == labels).mean()),
-                "shown": images[: config.data.num_classes].tolist(),
-            }
+        name = f"{solver} {number:g}"
+        row, images = judged(
+            config, workdir, params, look, real, count, solver=solver, number=number, name=name
         )
+        shown = images[: config.data.num_classes].tolist()
+        rows.append({"solver": solver, "number": number, **row, "shown": shown})
         write_json(kept, {"checkpoint": workdir.checkpoint(), "rows": rows})
     return rows
 

@@ -19,11 +19,12 @@ from etils import epath
 from tqdm import tqdm
 
 from benchmarks.figures import RESULTS, record
+from benchmarks.settings import judged
 from lfm_jax import checkpoints
 from lfm_jax.evaluate import frechet_of
 from lfm_jax.jobs import build
-from lfm_jax.jobs.generate import Generator, class_names
-from lfm_jax.jobs.judge import Look, judge, of_array, of_source, reconstructed, spread
+from lfm_jax.jobs.generate import class_names
+from lfm_jax.jobs.judge import Look, judge, of_source, reconstructed, spread
 from lfm_jax.workdir import Workdir
 from lfm_jax.writers import image_grid, save_image
 
@@ -39,7 +40,6 @@ LINES: dict[float, dict[str, tuple[float, ...]]] = {
     },
     2.5: {"euler": (1, 2, 4, 8, 16, 50)},
 }
-_BATCH = 250
 
 
 def measure(config: Any, workdir: Workdir, count: int) -> tuple[list[dict], dict, np.ndarray]:
@@ -64,34 +64,16 @@ def measure(config: Any, workdir: Workdir, count: int) -> tuple[list[dict], dict
     rows = found["rows"] if found.get("key") == key else []
     shown = {name: np.asarray(x, np.uint8) for name, x in found.get("shown", {}).items()}
     params = jax.tree.map(jax.numpy.asarray, checkpoints.load_params(workdir.checkpoints))
-    labels = (np.arange(count) % config.data.num_classes).astype(np.int32)
     settings = [(w, s, n) for w, line in LINES.items() for s, many in line.items() for n in many]
     for scale, solver, number in tqdm(settings, unit="row"):
         name = _named(scale, solver, number)
         if any(row["name"] == name for row in rows):
             continue
-        section = config.sample
-        section.guidance, section.solver = scale, solver
-        section.num_steps = int(number) if number >= 1 else 1
-        section.rtol = section.atol = number if number < 1 else None
-        generator = Generator.from_config(config, workdir)
-        parts = [
-            generator(params, range(i, i + _BATCH), labels[i : i + _BATCH])
-            for i in range(0, count, _BATCH)
-        ]
-        images = np.concatenate([images for images, _, _ in parts])
-        features = look(of_array(images), count, name)
-        counts = {
-            key: float(np.mean([np.mean(stats[key]) for _, _, stats in parts]))
-            for key in ("nfe", "network_calls")
-        }
-        fd = _fd(features, real)
-        right = float((features.logits.argmax(-1) == labels).mean())
-        rows.append(
-            {"name": name, "guidance": scale, "solver": solver, "number": number}
-            | counts
-            | {"fd": fd, "accuracy": right}
+        config.sample.guidance = scale
+        row, images = judged(
+            config, workdir, params, look, real, count, solver=solver, number=number, name=name
         )
+        rows.append({"name": name, "guidance": scale, "solver": solver, "number": number} | row)
         shown[name] = images[: config.data.num_classes]
         kept.write_text(
             json.dumps(
