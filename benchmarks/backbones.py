@@ -19,7 +19,6 @@ Figures go to docs/results/backbones.json.
 import argparse
 import os
 import pathlib
-import statistics
 import sys
 import tempfile
 import time
@@ -31,6 +30,7 @@ import numpy as np
 import optax
 
 from benchmarks.figures import record
+from benchmarks.turns import take_turns
 from lfm_jax.models import Cond, create_model, init_params
 
 SIDE, CHANNELS, CLASSES = 32, 4, 1000
@@ -142,13 +142,12 @@ def speed(sizes: list[str], repeats: int, clock: str, command: str) -> None:
                 "unrolled": ours(size, scan=False),
                 "theirs": pytorch(size, kind),
             }
-            times = take_turns(columns, repeats, now)
-            del columns
             for i, what in enumerate(("forward", "train step")):
-                medians = {side: statistics.median(t[i]) for side, t in times.items()}
+                calls = {side: pair[i] for side, pair in columns.items()}
+                times = take_turns(calls, repeats, now)
+                medians = {side: float(np.median(t)) for side, t in times.items()}
                 shown = {side: f"{1e3 * value:.0f} ms" for side, value in medians.items()}
-                pairs = zip(times["ours"][i], times["theirs"][i], strict=True)
-                ratio = statistics.median(a / b for a, b in pairs)
+                ratio = np.median(times["ours"] / times["theirs"])
                 asked = ("<=", 1.0) if kind == "compact" else ("report", None)
                 note = (
                     f"batch {BATCH[size]}, 32x32x4 latents, fp32, {how}, {repeats} turns; "
@@ -157,26 +156,7 @@ def speed(sizes: list[str], repeats: int, clock: str, command: str) -> None:
                 )
                 record("backbones", f"DiT-{size}/2 {what} / {name}", ratio, *asked, command, note)
                 print(f"DiT-{size}/2 {what} / {name}: {ratio:.3f}", shown, flush=True)
-
-
-def take_turns(
-    columns: dict[str, tuple[Callable, Callable]], repeats: int, now: Callable[[], float]
-) -> dict[str, list[list[float]]]:
-    """Seconds of each side's calls, a list a call; the sides alternate.
-
-    Every call is made twice and the second one counted: in the first, a side takes back the memory
-    and the cores that the other has just used, which no training loop does.
-    """
-    times: dict[str, list[list[float]]] = {name: [[], []] for name in columns}
-    for turn in range(repeats + 1):
-        for name, calls in columns.items():
-            for i, call in enumerate(calls):
-                call()
-                start = now()
-                call()
-                if turn:  # the first compiles and warms up
-                    times[name][i].append(now() - start)
-    return times
+            del columns, calls
 
 
 def compile_time(command: str) -> None:

@@ -13,13 +13,13 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import numpy as np
 
 from benchmarks.figures import RESULTS, record
+from benchmarks.turns import take_turns
 from lfm_jax import evaluate
 from lfm_jax.features import resize
 from lfm_jax.features.inception import make_inception, params_from_torch
@@ -28,18 +28,6 @@ COMMAND = "python -m benchmarks.evaluate"
 # Other people's networks with random weights are made where the tests make theirs.
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 oracles = importlib.import_module("oracles")
-
-
-def alternate(first: Callable, second: Callable, *, repeats: int) -> tuple[float, float]:
-    """Median seconds of both, called in turn so that the machine's moods meet them alike."""
-    times = [], []
-    first(), second()
-    for _ in range(repeats):
-        for run, kept in zip((first, second), times, strict=True):
-            start = time.perf_counter()
-            run()
-            kept.append(time.perf_counter() - start)
-    return tuple(float(np.median(t)) for t in times)
 
 
 def relative(ours, theirs) -> float:
@@ -164,11 +152,11 @@ def inception() -> None:
     apply = jax.jit(lambda e, x: e(x))
     tensor = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
     with torch.no_grad():
-        ours, theirs = alternate(
-            lambda: jax.block_until_ready(apply(extractor, images)),
-            lambda: network(tensor),
-            repeats=5,
-        )
+        sides = {
+            "ours": lambda: jax.block_until_ready(apply(extractor, images)),
+            "theirs": lambda: network(tensor),
+        }
+        ours, theirs = (float(np.median(t)) for t in take_turns(sides, 5).values())
     record(
         "evaluation",
         "Inception features, time over torch-fidelity's",

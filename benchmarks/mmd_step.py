@@ -9,8 +9,6 @@ samples and as many fixed rows of raw latents, AdamW. Both sides take turns in o
 """
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 
 import jax
@@ -18,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.figures import record
+from benchmarks.turns import take_turns
 from lfm_jax import mmd, sharding
 from lfm_jax.models import create_model, init_params
 from lfm_jax.optim import adamw
@@ -89,16 +88,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--no-record", action="store_true", help="print only")
     options = parser.parse_args()
-    calls = [side(options.batch, options.steps) for side in (ours, pytorch)]
-    times: tuple[list[float], list[float]] = ([], [])
-    for turn in range(options.repeats + 1):
-        for kept, call in zip(times, calls, strict=True):
-            begin = time.perf_counter()
-            call()
-            if turn:  # the first compiles and warms up
-                kept.append(time.perf_counter() - begin)
-    ratio = statistics.median(a / b for a, b in zip(*times, strict=True))
-    print(f"ours {statistics.median(times[0]):.3f} s, PyTorch {statistics.median(times[1]):.3f} s")
+    sides = {"ours": ours, "PyTorch": pytorch}
+    calls = {name: side(options.batch, options.steps) for name, side in sides.items()}
+    times = take_turns(calls, options.repeats)
+    ratio = np.median(times["ours"] / times["PyTorch"])
+    print(", ".join(f"{name} {np.median(t):.3f} s" for name, t in times.items()))
     print(f"ratio {ratio:.3f}")
     if not options.no_record:
         note = (

@@ -9,8 +9,6 @@ the median of the ratios of neighbouring runs, compile time excluded. Writes the
 """
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -20,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.figures import record
+from benchmarks.turns import take_turns
 from lfm_jax.flow import NetworkVelocity, make_grid, sample
 from lfm_jax.models import Cond, create_model, init_params
 from lfm_jax.models.layers import position_table
@@ -59,19 +58,12 @@ def by_diffrax(velocity: NetworkVelocity, noise: jax.Array, steps: int) -> jax.A
     return sample(velocity, noise, solver="euler", num_steps=steps)[0]
 
 
-def alternate(
+def compared(
     first: Callable[[], object], second: Callable[[], object], repeats: int
 ) -> tuple[float, float, float]:
     """Median seconds of both, and the median of the ratios of neighbouring runs."""
-    first(), second()
-    times = ([], [])
-    for _ in range(repeats):
-        for run, kept in zip((first, second), times, strict=True):
-            start = time.perf_counter()
-            run()
-            kept.append(time.perf_counter() - start)
-    ratios = [a / b for a, b in zip(*times, strict=True)]
-    return *(statistics.median(kept) for kept in times), statistics.median(ratios)
+    ours, theirs = take_turns({"first": first, "second": second}, repeats).values()
+    return tuple(float(np.median(kept)) for kept in (ours, theirs, ours / theirs))
 
 
 def fixed(args: argparse.Namespace) -> tuple[float, str]:
@@ -80,7 +72,7 @@ def fixed(args: argparse.Namespace) -> tuple[float, str]:
     ours = by_diffrax(velocity, noise, args.steps)
     theirs = by_hand(velocity, noise, args.steps)
     difference = float(jnp.abs(ours - theirs).max())
-    seconds, other, ratio = alternate(
+    seconds, other, ratio = compared(
         lambda: jax.block_until_ready(by_diffrax(velocity, noise, args.steps)),
         lambda: jax.block_until_ready(by_hand(velocity, noise, args.steps)),
         args.repeats,
@@ -151,7 +143,7 @@ def adaptive(args: argparse.Namespace) -> tuple[float, str, float]:
     y = run_torch().numpy()
     counted, evaluations = evaluations, 0
     nfe = int(stats["nfe"][0])
-    seconds, other, ratio = alternate(
+    seconds, other, ratio = compared(
         lambda: jax.block_until_ready(program(velocity, noise)), run_torch, args.repeats
     )
     note = (

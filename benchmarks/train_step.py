@@ -21,11 +21,13 @@ import time
 from pathlib import Path
 
 import jax
+import numpy as np
 from etils import epath
 
 from benchmarks import backbones
 from benchmarks.figures import record
 from benchmarks.loader import make_cache
+from benchmarks.turns import take_turns
 from lfm_jax import sharding
 from lfm_jax.data import latent_batches, prefetch
 from lfm_jax.flow import flow_matching_loss
@@ -41,15 +43,9 @@ def step(sizes: list[str], repeats: int, write: bool) -> None:
     for size in sizes:
         _, ours = backbones.ours(size)
         _, theirs = backbones.pytorch(size, "compact")
-        times: tuple[list[float], list[float]] = ([], [])
-        for turn in range(repeats + 1):
-            for kept, call in zip(times, (ours, theirs), strict=True):
-                begin = time.perf_counter()
-                call()
-                if turn:  # the first compiles and warms up
-                    kept.append(time.perf_counter() - begin)
-        ratio = statistics.median(a / b for a, b in zip(*times, strict=True))
-        seconds = [statistics.median(t) for t in times]
+        times = take_turns({"ours": ours, "theirs": theirs}, repeats)
+        ratio = np.median(times["ours"] / times["theirs"])
+        seconds = [np.median(t) for t in times.values()]
         print(f"DiT-{size}/2: {seconds[0]:.3f} s, PyTorch {seconds[1]:.3f} s, ratio {ratio:.3f}")
         if write:
             note = f"batch {backbones.BATCH[size]}, 32x32x4 latents, fp32, {repeats} turns"

@@ -11,6 +11,7 @@ beside it.
 
 import argparse
 import copy
+import os
 import resource
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.turns import take_turns
 from benchmarks.vae_photographs import photographs
 from benchmarks.vae_sides import (
     STABLE_DIFFUSION,
@@ -68,7 +70,7 @@ def parity():
 def speed(repeats, batches, channels_last):
     import torch
 
-    torch.set_num_threads(max(len_of_affinity(), 1))
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     oracle, model, params = shared_weights(STABLE_DIFFUSION)
     encode, decode = coders(model)
     last = copy.deepcopy(oracle).to(memory_format=torch.channels_last) if channels_last else None
@@ -92,17 +94,10 @@ def speed(repeats, batches, channels_last):
         for verb, sides in runs.items():
             if not channels_last:
                 del sides["channels last"]
-            wall, cpu = {k: [] for k in sides}, {k: [] for k in sides}
             with torch.inference_mode():
-                for repeat in range(repeats + 1):
-                    for side, run in sides.items():
-                        start, start_cpu = time.perf_counter(), time.process_time()
-                        run()
-                        if repeat:  # the first compiles and warms up
-                            wall[side].append(time.perf_counter() - start)
-                            cpu[side].append(time.process_time() - start_cpu)
-            wall = {k: float(np.median(v)) for k, v in wall.items()}
-            cpu = {k: float(np.median(v)) for k, v in cpu.items()}
+                times = take_turns(sides, repeats, clocks)
+            medians = {side: np.median(kept, axis=0) for side, kept in times.items()}
+            wall, cpu = ({side: m[i] for side, m in medians.items()} for i in range(2))
             name = f"{verb} 256x256, batch {batch}: time over diffusers' PyTorch"
             note = (
                 f"median of {repeats}, alternating; ours {wall['ours']:.2f} s, PyTorch "
@@ -118,10 +113,9 @@ def speed(repeats, batches, channels_last):
             figure("speed", f"{name}, channels last", ratio, "report", None, note)
 
 
-def len_of_affinity():
-    import os
-
-    return len(os.sched_getaffinity(0))
+def clocks():
+    """Wall and CPU seconds."""
+    return np.array([time.perf_counter(), time.process_time()])
 
 
 def memory():

@@ -9,15 +9,15 @@ Needs a GPU that both jax and torch see.
 
 import argparse
 import os
-import statistics
-import time
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the card is shared with PyTorch
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from benchmarks.figures import record
+from benchmarks.turns import take_turns
 from benchmarks.vae_sides import STABLE_DIFFUSION, channels_first, coders, inputs, shared_weights
 
 
@@ -62,14 +62,8 @@ def main() -> None:
                 "ours": lambda f=ours[i], a=placed: f(params, a).block_until_ready(),
                 "torch": lambda f=theirs[i], a=tensor: f(a),
             }
-            seconds = {name: [] for name in sides}
-            for repeat in range(args.repeats + 3):
-                for name, run in sides.items():
-                    start = time.perf_counter()
-                    run()
-                    if repeat > 2:  # compiles and warms up
-                        seconds[name].append(time.perf_counter() - start)
-            rate = {name: batch / statistics.median(s) for name, s in seconds.items()}
+            seconds = take_turns(sides, args.repeats)
+            rate = {name: batch / float(np.median(s)) for name, s in seconds.items()}
             note = (
                 f"bf16, 256x256, batch {batch}, median of {args.repeats}, alternating; PyTorch "
                 f"{rate['torch']:.0f} images/s, channels last, compiled"
