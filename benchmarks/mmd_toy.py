@@ -82,7 +82,9 @@ def untuned(count: int, *, num_steps: int = 2, seed: int = 3) -> np.ndarray:
     return np.asarray(land(new_layers(), noise, num_steps=num_steps))
 
 
-def finetune(*, seed: int = 0, steps: int = 400, batch: int = 256, count: int = 2000) -> np.ndarray:
+def finetune(
+    *, seed: int = 0, steps: int = 2000, batch: int = 512, width: int = 128, count: int = 2000
+) -> np.ndarray:
     """Samples of two steps after finetuning."""
     kernel = mmd.make_kernel("gaussian", bandwidth=1.0, factors=(0.1, 0.3, 1.0))
     rows = jnp.asarray(target_rows(20_000, seed=1))
@@ -100,7 +102,7 @@ def finetune(*, seed: int = 0, steps: int = 400, batch: int = 256, count: int = 
         updates, state = tx.update(jax.grad(loss)(layers), state)
         return optax.apply_updates(layers, updates), state
 
-    layers = new_layers(seed)
+    layers = new_layers(seed, width)
     state = tx.init(layers)
     for i in range(steps):
         layers, state = step(layers, state, jax.random.fold_in(jax.random.key(seed), i))

@@ -223,9 +223,9 @@ def test_two_euler_steps_of_a_curved_flow_recover_the_target():
     def distance(points):
         return float(mmd.mmd2(jnp.asarray(points), jnp.asarray(target), kernel))
 
-    before, after = distance(untuned(2000)), distance(finetune(seed=0))
+    before, after = distance(untuned(2000)), distance(finetune(steps=1000, batch=256))
     floor = abs(distance(target_rows(2000, seed=5)))
-    assert after < before / 4 and floor < 0.002
+    assert after < before / 12 and floor < 0.002
 
 
 @pytest.mark.parametrize(
