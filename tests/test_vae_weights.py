@@ -372,6 +372,23 @@ def test_bad_tensors_are_named(tmp_path, small):
         vae.load_vae(write(tmp_path / "turned", turned, config))
 
 
+def test_a_bare_files_bad_tensor_is_named(tmp_path, small):
+    """Though it is the shapes that say there what was expected."""
+    tensors = state(small)
+
+    def load(changed):
+        path = write(tmp_path / "bare", changed) / "diffusion_pytorch_model.safetensors"
+        return vae.load_vae(path, family="sd", norm_groups=8)
+
+    for name, axes in (("decoder.conv_in", (1, 0, 2, 3)), ("encoder.conv_out", (2, 3, 1, 0))):
+        name = f"{name}.weight"
+        with pytest.raises(UserError, match=rf"tensor {name} has shape .*\(transposed\?\)"):
+            load(tensors | {name: tensors[name].transpose(axes)})
+    level = "encoder.down_blocks.1."
+    with pytest.raises(UserError, match=rf"tensor {re.escape(level)}\S+ is missing"):
+        load({k: v for k, v in tensors.items() if not k.startswith(level)})
+
+
 def test_bad_files_are_named(tmp_path, small):
     tensors, config = state(small), dict(small.config)
     folder = write(tmp_path / "a", tensors, config)

@@ -188,20 +188,20 @@ def model_from_tensors(
         return sorted({int(m[1]) for name in tensors if (m := re.match(pattern, name))})
 
     down = r"encoder\.down_blocks\."
-    levels = indices(down + r"(\d+)\.")
-    widths = []
-    for level in levels:
-        name = f"encoder.down_blocks.{level}.resnets.0.conv1.weight"
-        if name not in tensors:
-            raise UserError(f"{source}: tensor {name} is missing")
-        widths.append(tensors[name].shape[0])
+    deepest = max(indices(down + r"(\d+)\."), default=0)
+    # Sizes from biases where one has them: they lie but one way, so that of weights that do not
+    # fit the culprit is named.
+    widths = [
+        _first_axis(tensors, f"encoder.down_blocks.{level}.resnets.0.conv1.bias", source)
+        for level in range(deepest + 1)
+    ]
     post = "post_quant_conv.weight" in tensors
     model = AutoencoderKL(
         in_channels=tensors["encoder.conv_in.weight"].shape[1],
-        out_channels=_first_axis(tensors, "decoder.conv_out.weight", source),
+        out_channels=_first_axis(tensors, "decoder.conv_out.bias", source),
         block_out_channels=tuple(widths),
         layers_per_block=len(indices(down + r"0\.resnets\.(\d+)\.")),
-        latent_channels=tensors["decoder.conv_in.weight"].shape[1],
+        latent_channels=_first_axis(tensors, "encoder.conv_out.bias", source) // 2,
         norm_groups=norm_groups,
         mid_attention=any(name.startswith("encoder.mid_block.attentions.") for name in tensors),
         attention_levels=tuple(indices(down + r"(\d+)\.attentions\.")),
