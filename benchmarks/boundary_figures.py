@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.boundary_bench import COMMAND, STEPS, STRENGTHS, TEST
-from benchmarks.figures import record
+from benchmarks.figures import keep
 from lfm_jax.boundary.measure import distance_at
 
 
@@ -13,8 +13,7 @@ def figures(searches: list[dict], runs: list[dict], matrix: dict) -> None:
     """Record what was asked for, and print it."""
 
     def add(name: str, value: float | bool, op: str, bound: Any, note: str = "") -> None:
-        kept = record("boundary", name, value, op, bound, COMMAND, note)
-        print(f"{'ok ' if kept else 'MISS'} {name}: {value} {op} {bound}  {note}")
+        keep("boundary", name, value, op, bound, COMMAND, note)
 
     def mean(values: list[float]) -> float:
         return float(np.mean(values))

@@ -99,3 +99,19 @@ def record(
     temporary.write_text(json.dumps({"figures": figures}, indent=1) + "\n")
     temporary.replace(path)
     return figure["holds"]
+
+
+def keep(
+    topic: str,
+    name: str,
+    value: float | bool,
+    op: str,
+    bound: Any,
+    command: str,
+    note: str = "",
+) -> bool:
+    """`record`, and print it."""
+    held = record(topic, name, value, op, bound, command, note)
+    shown = value if isinstance(value, int) else f"{value:.6g}"
+    print(f"{'ok ' if held else 'NOT'} {name}: {shown} {op} {bound}  {note}", flush=True)
+    return held

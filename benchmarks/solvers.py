@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.figures import record
+from benchmarks import figures
 from lfm_jax import rng
 from lfm_jax.flow import (
     SDE_METHODS,
@@ -43,9 +43,8 @@ cases = importlib.import_module("flow_cases")
 
 
 def keep(name: str, value: Any, op: str, bound: Any, part: str, note: str = "") -> None:
-    """Record a figure and print it."""
-    held = record("sampling", name, value, op, bound, f"{COMMAND} {part}", note)
-    print(f"{'ok ' if held else 'NOT'} {name}: {value:.6g} {op} {bound}  {note}", flush=True)
+    """A figure of one of the questions below."""
+    figures.keep("sampling", name, value, op, bound, f"{COMMAND} {part}", note)
 
 
 def order() -> None:

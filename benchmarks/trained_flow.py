@@ -12,16 +12,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.figures import record
+from benchmarks import figures
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def keep(name: str, value: Any, op: str, bound: Any, folder: str, note: str) -> None:
-    """Record a figure and print it."""
+    """A figure of the run in this folder."""
     command = f"python -m benchmarks.trained_flow runs/{Path(folder).name}"
-    held = record("sampling", name, value, op, bound, command, note)
-    print(f"{'ok ' if held else 'NOT'} {name}: {value:.6g} {op} {bound}  {note}", flush=True)
+    figures.keep("sampling", name, value, op, bound, command, note)
 
 
 _ON_DEVICES = """

@@ -5,7 +5,7 @@ import tempfile
 import jax
 import numpy as np
 
-from benchmarks.figures import record
+from benchmarks.figures import keep
 from lfm_jax import vae
 
 STABLE_DIFFUSION = {
@@ -18,9 +18,7 @@ TINY = STABLE_DIFFUSION | {"block_out_channels": [32, 32, 64, 64], "layers_per_b
 
 
 def figure(part, name, value, op, bound, note=""):
-    holds = record("vae", name, value, op, bound, f"python -m benchmarks.vae {part}", note)
-    shown = value if isinstance(value, int | bool) else f"{value:.4g}"
-    print(f"{name}: {shown} {op} {bound} {'' if holds else 'DOES NOT HOLD'}", flush=True)
+    keep("vae", name, value, op, bound, f"python -m benchmarks.vae {part}", note)
 
 
 def shared_weights(config, seed=0):
