@@ -366,6 +366,8 @@ def test_export_refuses_what_the_other_side_cannot_express(tmp_path):
     )
     with pytest.raises(UserError, match="time_scale"):
         weights.save_torch("lfm-dit", params["params"], tmp_path / "x.pth", model=ours)
+    with pytest.raises(UserError, match="a ddpm file holds a DDPM, the model is a DiT"):
+        weights.save_torch("ddpm", params["params"], tmp_path / "x.pth", model=ours)
     assert not list(tmp_path.iterdir())
 
 

@@ -23,9 +23,10 @@ from lfm_jax.checksums import named
 from lfm_jax.config import overrides, to_json
 from lfm_jax.errors import UserError
 from lfm_jax.jobs import build, origin
-from lfm_jax.models import count_params
+from lfm_jax.models import DiT, count_params
 from lfm_jax.vae import Codec, save_vae
 from lfm_jax.weights import FAMILIES, save_torch
+from lfm_jax.weights.convert import exported
 from lfm_jax.weights.dit import diffusers_config
 from lfm_jax.workdir import Workdir
 from lfm_jax.writers import write_bytes, write_json
@@ -43,7 +44,7 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     params = checkpoints.load_params(workdir.checkpoints, ema=section.ema)
     model, codec = build.network(config), build.codec(config, workdir)
     for family in section.families:
-        FAMILIES[family].export(model, params)  # refuses what its code cannot run
+        exported(family, params, model=model)  # refuses what its code cannot run
     described = {
         "config": to_json(config),
         "time": "t=0 is data, t=1 is noise; velocity dx/dt = (1-s) noise - data",
@@ -102,6 +103,7 @@ def _licence(config: ConfigDict, workdir: Workdir) -> str:
 
 
 def _write_autoencoder(folder: Any, codec: Codec) -> None:
+    assert codec.model is not None  # it was trained here
     model = codec.model.clone(scaling_factor=codec.scale, shift_factor=codec.shift)
     save_vae(os.fspath(folder), model, codec.params)
 
@@ -111,6 +113,7 @@ def _write_family(
 ) -> None:
     file = release / f"{family}.safetensors"
     if family == "diffusers-dit":  # opened by folder
+        assert isinstance(model, DiT)  # as `exported` has seen
         file = release / family / "diffusion_pytorch_model.safetensors"
         file.parent.mkdir(exist_ok=True)
         write_json(file.parent / "config.json", diffusers_config(model, shape[0], shape[2]))

@@ -137,6 +137,7 @@ FAMILIES = {
     "lfm-adm": Family(
         clean=_clean,
         recognise=_recognise,
+        module=ADM,
         bindings=_bindings,
         extra=_extra,
         export=_export,

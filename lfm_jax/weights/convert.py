@@ -146,11 +146,22 @@ def save_torch(
         UserError: a network that this family's code cannot express.
     """
     chosen = _family(family)
-    params = chosen.export(model, params)
+    params = exported(family, params, model=model)
     tensors = to_tensors(params, chosen.bindings(model, params, latent_size))
     tensors |= chosen.extra(model, tensors, latent_size)
     prefix = chosen.prefix if prefix is None else prefix
     write_tensors({prefix + name: value for name, value in tensors.items()}, file)
+
+
+def exported(family: str, params: dict, *, model: nn.Module) -> dict:
+    """Parameters of `model` in the terms of a family; `UserError` if it has none for them."""
+    chosen = _family(family)
+    if not isinstance(model, chosen.module):
+        raise UserError(
+            f"family: a {family} file holds a {chosen.module.__name__}, "
+            f"the model is a {type(model).__name__}"
+        )
+    return chosen.export(model, params)
 
 
 def _family(name: str) -> Family:

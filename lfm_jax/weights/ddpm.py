@@ -158,12 +158,14 @@ FAMILIES = {
     "ddpm": Family(
         clean=lambda file: file,
         recognise=partial(_recognise, DDIM),
+        module=DDPM,
         bindings=partial(_bindings, DDIM, CONV1X1),
         export=_export,
     ),
     "diffusers-ddpm": Family(
         clean=_new_names,
         recognise=partial(_recognise, DIFFUSERS),
+        module=DDPM,
         bindings=partial(_bindings, DIFFUSERS, LINEAR),
         export=_export,
     ),

@@ -215,6 +215,7 @@ def _family(name: str, convention: str, time_scale: float, prefix: str = "") -> 
     return Family(
         clean=partial(_clean, TIMM),
         recognise=partial(_recognise, TIMM, overrides),
+        module=model_dit.DiT,
         bindings=partial(_bindings, TIMM),
         extra=_extra,
         export=partial(_export, name, convention, time_scale, False),
@@ -234,6 +235,7 @@ FAMILIES = {
             DIFFUSERS,
             {"time_scale": 1000.0, "convention": "vp", "time_endpoint": True},
         ),
+        module=model_dit.DiT,
         bindings=partial(_bindings, DIFFUSERS),
         extra=_copies,
         export=partial(_export, "diffusers-dit", "vp", 1000.0, True),

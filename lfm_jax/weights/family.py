@@ -41,6 +41,7 @@ class Family:
         clean: drops what is no parameter here (fixed tables, buffers, a learned sigma), after
             checking it.
         recognise: the network of a cleaned file.
+        module: the class of its networks; the `model` of the functions below is one.
         bindings: of a network whose parameters have the given shapes, on latents of a given side:
             ``(model, shapes, side) -> bindings``.
         extra: what files of this family hold beside the tensors of parameters (fixed tables,
@@ -53,9 +54,10 @@ class Family:
 
     clean: Callable[[TensorFile], TensorFile]
     recognise: Callable[[TensorFile], Network]
-    bindings: Callable[[nn.Module, Any, int], list[Binding]]
-    extra: Callable[[nn.Module, dict, int], dict[str, np.ndarray]] = lambda model, tensors, side: {}
-    export: Callable[[nn.Module, dict], dict] = lambda model, params: params
+    module: type[nn.Module]
+    bindings: Callable[[Any, Any, int], list[Binding]]
+    extra: Callable[[Any, dict, int], dict[str, np.ndarray]] = lambda model, tensors, side: {}
+    export: Callable[[Any, dict], dict] = lambda model, params: params
     prefix: str = ""
     null_label: bool = True
 

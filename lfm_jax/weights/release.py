@@ -50,7 +50,7 @@ def load_release(folder: str | os.PathLike) -> Release:
         )
     described = json.loads((path / "config.json").read_text())
     config, latents = described["config"], described["latents"]
-    fields = {
+    fields: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in config["model"].items()
         if value is not None

@@ -166,6 +166,7 @@ def _family(
         recognise=partial(
             _recognise, name, {"time_scale": time_scale, "convention": convention, **heads}
         ),
+        module=UNet,
         bindings=partial(_bindings, order),
         export=partial(_export, name, wants),
         prefix=prefix,
