@@ -193,8 +193,13 @@ class CacheWriter:
         Raises:
             UserError: a shard is missing or not what was written.
         """
-        parts = [self._part(shard) for shard in range(self.num_shards)]
-        absent = [shard for shard, part in enumerate(parts) if part is None]
+        parts, absent = [], []
+        for shard in range(self.num_shards):
+            part = self._part(shard)
+            if part is None:
+                absent.append(shard)
+            else:
+                parts.append(part)
         if absent:
             raise UserError(
                 f"latent cache {self.folder}: {len(absent)} of {self.num_shards} shards are "

@@ -75,7 +75,8 @@ class LatentStore:
         for index in indices:
             example = self.read(index)
             for name in ("moments", "moments_flip"):
-                found, wanted = np.shape(example.get(name)), self.shapes.get(name, ())
+                found = np.shape(example[name]) if name in example else ()
+                wanted = self.shapes.get(name, ())
                 if found != wanted:
                     raise UserError(
                         f"{self.names[index]}: {name} of shape {found}; expected {wanted} as in "
@@ -143,7 +144,7 @@ def _mar(root: Path) -> LatentStore:
         arrays = _guarded(lambda: dict(np.load(root / name, allow_pickle=False)), where)
         if "moments" not in arrays:
             raise UserError(f"{where}: arrays {', '.join(arrays)}; expected moments")
-        example = {"label": classes[name.split("/")[0]]}
+        example: dict[str, Any] = {"label": classes[name.split("/")[0]]}
         for key in ("moments", "moments_flip"):
             if key in arrays:
                 example[key] = _channels_last(arrays[key], where)

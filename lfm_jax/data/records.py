@@ -57,7 +57,8 @@ def _parse(record: memoryview) -> dict[str, Value]:
                     name = str(field, "utf-8")
                 elif number == 2:
                     value = _feature(field)
-            _expect(value is not None, "feature")
+            if value is None:
+                raise RecordError("malformed record (feature)")
             features[name] = value
     return features
 

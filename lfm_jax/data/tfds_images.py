@@ -29,6 +29,7 @@ def open_tfds(name: str, *, path: str, split: str, preprocess: Preprocess) -> Im
     import tensorflow_datasets as tfds
 
     folder = _find(name, Path(path or _DEFAULT_FOLDER).expanduser())
+    builder: Any  # decorators hide what its methods take
     try:
         builder = tfds.builder_from_directory(folder)
     except Exception as error:  # whatever protobuf and JSON readers say of a damaged folder

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from lfm_jax.data.latents import Feature
 
@@ -25,6 +26,8 @@ def write_tfds_info(
         parts: "count" and "bytes" of every shard.
     """
     import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.dataset_info import DatasetIdentity
+    from tensorflow_datasets.core.splits import SplitDict
 
     tensors = {}
     for name, feature in features.items():
@@ -34,7 +37,7 @@ def write_tfds_info(
             if feature.shape
             else tfds.features.Scalar(dtype=dtype)
         )
-    identity = tfds.core.dataset_info.DatasetIdentity(
+    identity = DatasetIdentity(
         name=NAME,
         version=tfds.core.Version("1.0.0"),
         data_dir=str(folder),
@@ -47,7 +50,7 @@ def write_tfds_info(
     )
     info.set_file_format(tfds.core.FileFormat.ARRAY_RECORD)
     template = tfds.core.ShardedFileTemplate(
-        data_dir=folder,
+        data_dir=epath.Path(folder),
         dataset_name=NAME,
         split=split,
         filetype_suffix="array_record",
@@ -58,7 +61,7 @@ def write_tfds_info(
         num_bytes=sum(part["bytes"] for part in parts),
         filename_template=template,
     )
-    info.set_splits(tfds.core.splits.SplitDict([info_of_split]))
+    info.set_splits(SplitDict([info_of_split]))
     with tempfile.TemporaryDirectory(dir=folder, prefix=".info-") as temporary:
         info.write_to_directory(temporary)
         for file in Path(temporary).iterdir():

@@ -57,6 +57,7 @@ def batches_ahead(
     """
     pool: Executor
     if workers:
+        assert options is not None  # a process cannot be handed `source`
         pool = ProcessPoolExecutor(
             workers,
             mp_context=multiprocessing.get_context("spawn"),
@@ -95,6 +96,7 @@ def _open(options: dict[str, Any]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
+    assert parent is not None
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     _SOURCE = open_images(**options)
 
