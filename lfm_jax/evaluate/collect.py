@@ -11,6 +11,7 @@ import io
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -104,7 +105,7 @@ def collect_features(
     if not streams:
         raise UserError(f"evaluate: no images for {description}; accepted: at least 2")
     statistics = {k: v.result().merge_processes() for k, v in streams.items()}
-    rows = {k: _gather_rows(np.concatenate(v)) if v else None for k, v in kept.items()}
+    rows = {k: _gather_rows(np.concatenate(v)) for k, v in kept.items() if v}
     return FeatureSet(
         extractor=extractor.name,
         pipeline=extractor.pipeline,
@@ -113,7 +114,7 @@ def collect_features(
         statistics=statistics["features"],
         spatial=statistics.get("spatial"),
         features=rows["features"],
-        logits=rows["logits"],
+        logits=rows.get("logits"),
     )
 
 
@@ -144,14 +145,15 @@ def _outputs(
             if time.monotonic() - since > PART_SECONDS:
                 done += _keep(epath.Path(parts), done, held)
                 held, since = [], time.monotonic()
-    if held:
+    if parts is not None and held:
         _keep(epath.Path(parts), done, held)
 
 
 def _keep(folder: epath.Path, start: int, held: list[dict[str, np.ndarray]]) -> int:
     """Write features of images from `start` on; how many."""
+    arrays: dict[str, Any] = {k: np.concatenate([out[k] for out in held]) for k in held[0]}
     buffer = io.BytesIO()
-    np.savez(buffer, **{k: np.concatenate([out[k] for out in held]) for k in held[0]})
+    np.savez(buffer, **arrays)
     write_bytes(folder / f"{start:09d}.npz", buffer.getvalue())
     return sum(len(out["features"]) for out in held)
 

@@ -8,6 +8,8 @@ covariances need no jitter and nothing turns complex; 2048 dimensions take a sec
 throughout. Only with the published Inception weights is it FID.
 """
 
+from typing import Any, cast
+
 import numpy as np
 import scipy.linalg
 from jaxtyping import Float
@@ -62,13 +64,14 @@ def _trace_root(sigma1: np.ndarray, sigma2: np.ndarray) -> float:
     clear = squares > 100 * floor
     error = np.sqrt((floor**2 / (4 * squares[clear])).sum()) + (~clear).sum() * np.sqrt(floor)
     if error > 1e-8 * roots.sum():  # then take them directly, which is slower
-        roots = scipy.linalg.svdvals(product, check_finite=False)
+        roots = cast(np.ndarray, scipy.linalg.svdvals(product, check_finite=False))
     return float(roots.sum())
 
 
 def _factor(sigma: np.ndarray) -> np.ndarray:
     """F ``[d, rank]`` with ``sigma = F F^T``, by Cholesky with complete pivoting."""
-    packed, pivots, rank, _ = scipy.linalg.lapack.dpstrf(sigma, lower=1)
+    pstrf: Any = scipy.linalg.get_lapack_funcs("pstrf", dtype=np.float64)
+    packed, pivots, rank, _ = pstrf(sigma, lower=1)
     factor = np.empty((len(sigma), rank))
     factor[pivots - 1] = np.tril(packed)[:, :rank]
     return factor

@@ -24,7 +24,7 @@ def inpainting_discrimination(
             f"P-IDS: {len(real)} real and {len(fake)} inpainted images; "
             "accepted: pairs in one order"
         )
-    svm = sklearn.svm.LinearSVC(dual=False)
+    svm = sklearn.svm.LinearSVC().set_params(dual=False)
     inputs = np.concatenate([real, fake]).astype(np.float64)
     targets = np.repeat([1, 0], len(real))
     svm.fit(inputs, targets)

@@ -23,11 +23,11 @@ def polynomial_mmd2(
 ) -> float:
     """Unbiased MMD^2 of two sets under ``(gamma <x, y> + coef0)^degree``; gamma defaults to 1/d."""
     x, y = (np.asarray(f, np.float64) for f in (features1, features2))
-    gamma = 1 / x.shape[1] if gamma is None else gamma
+    factor = 1 / x.shape[1] if gamma is None else gamma
     n, m = len(x), len(y)
     if min(n, m) < 2:
         raise UserError(f"kernel distance: {min(n, m)} images; accepted: at least 2")
-    kxx, kyy, kxy = ((gamma * (a @ b.T) + coef0) ** degree for a, b in ((x, x), (y, y), (x, y)))
+    kxx, kyy, kxy = ((factor * (a @ b.T) + coef0) ** degree for a, b in ((x, x), (y, y), (x, y)))
     within = (kxx.sum() - np.trace(kxx)) / (n * (n - 1)) + (kyy.sum() - np.trace(kyy)) / (
         m * (m - 1)
     )

@@ -80,7 +80,7 @@ def measure(
         if resamples:
             figures[f"{name} interval"] = _interval(fake, target, resamples, seed, progress)
     if "sfd" in metrics:
-        if fake.spatial is None or reference.mu_s is None:
+        if fake.spatial is None or reference.mu_s is None or reference.sigma_s is None:
             raise UserError(
                 "evaluate.metrics: sfd needs spatial features of samples and reference; "
                 "accepted: Inception and a reference with mu_s, sigma_s"

@@ -49,10 +49,10 @@ def squared_distances(
     Both sets are centred first: ``|x|^2 + |y|^2 - 2 x y`` cancels less near the origin.
     """
     centre = columns.mean(0, dtype=np.float64).astype(np.float32)
-    columns = jnp.asarray(columns - centre)
+    others = jnp.asarray(columns - centre)
     for start in range(0, len(rows), chunk):
         part = slice(start, min(start + chunk, len(rows)))
-        yield part, np.asarray(_squared(jnp.asarray(rows[part] - centre), columns))
+        yield part, np.asarray(_squared(jnp.asarray(rows[part] - centre), others))
 
 
 def ball_radii(

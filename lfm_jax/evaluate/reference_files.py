@@ -103,7 +103,8 @@ def _unpickled(data: bytes) -> Any:
     against the file first; lengths by `pickletools`, which reads them.
     """
     for opcode, argument, _ in pickletools.genops(data):
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > len(data):
+        puts = opcode.name in ("PUT", "BINPUT", "LONG_BINPUT")
+        if puts and isinstance(argument, int) and argument > len(data):
             raise pickle.UnpicklingError(f"place {argument} of its memo, in {len(data)} bytes")
     return NumpyUnpickler(io.BytesIO(data)).load()
 
@@ -126,10 +127,12 @@ class NumpyUnpickler(pickle.Unpickler):
 def _recognise(arrays: dict[str, Any], path: str) -> Reference:
     names = set(arrays)
     tf1 = inception_pipeline("tf1")
+    moments: dict[str, Any]
     if "lfm_jax" in names:
         record = json.loads(str(arrays["lfm_jax"]))
+        moments = {k: arrays.get(k) for k in ("mu", "sigma", "mu_s", "sigma_s")}
         return Reference(
-            **{k: arrays.get(k) for k in ("mu", "sigma", "mu_s", "sigma_s")},
+            **moments,
             features=arrays.get("feats"),
             images=arrays.get("arr_0"),
             pipeline=record["pipeline"],
@@ -236,7 +239,7 @@ def write_reference(
     if missing:
         raise UserError(f"reference.format {format}: needs {', '.join(missing)}, not collected")
     wanted = (*required, "arr_0") if format == "adm" else required or tuple(held)
-    arrays = {k: held[k] for k in wanted if held[k] is not None}
+    arrays: dict[str, Any] = {k: held[k] for k in wanted if held[k] is not None}
     buffer = io.BytesIO()
     if format == "edm2":
         key = "fid" if reference.pipeline != dino_pipeline() else "fd_dinov2"

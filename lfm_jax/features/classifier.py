@@ -10,7 +10,7 @@ must not be its only judge.
 
 import functools
 import os
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -136,7 +136,8 @@ def _make_step(model: Classifier, optimizer: optax.GradientTransformation):
     def step(params, opt_state, images, labels, key):
         def loss_fn(params):
             x = images.astype(jnp.float32) / 127.5 - 1
-            logits = model.apply({"params": params}, x, train=True, rngs={"dropout": key})["logits"]
+            out = model.apply({"params": params}, x, train=True, rngs={"dropout": key})
+            logits = cast(dict[str, Array], out)["logits"]
             targets = optax.smooth_labels(jax.nn.one_hot(labels, model.num_classes), 0.05)
             return optax.softmax_cross_entropy(logits, targets).mean()
 

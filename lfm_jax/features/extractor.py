@@ -14,7 +14,7 @@ Your own network is one Linen module returning ``{"features": [b, d], ...}`` and
 import hashlib
 import json
 import os
-from typing import Any
+from typing import Any, cast
 
 import flax.struct
 import jax
@@ -87,7 +87,8 @@ class Extractor:
         move a Frechet distance by more than the differences that papers report.
         """
         with jax.default_matmul_precision("highest"):
-            return self.model.apply({"params": self.params}, self.prepare(pixels))
+            out = self.model.apply({"params": self.params}, self.prepare(pixels))
+        return cast(dict[str, Array], out)
 
     def prepare(self, pixels: Float[Array, "b h w c"]) -> Float[Array, "b s s k"]:
         """Crop, resize and scale `pixels` (floats in [0, 255]) into what the network sees."""
@@ -124,7 +125,7 @@ class Extractor:
         digest = hashlib.sha256()
         for path, leaf in sorted(_flatten(self.params).items()):
             digest.update(path.encode())
-            digest.update(np.ascontiguousarray(leaf))
+            digest.update(leaf.tobytes())
         return digest.hexdigest()
 
 

@@ -98,6 +98,7 @@ def resize(
     pixels: Float[Array | np.ndarray, "b h w c"], size: tuple[int, int], *, rule: str
 ) -> Float[Array, "b h2 w2 c"]:
     """Resize float `pixels` on [0, 255] to ``size = (height, width)`` by `rule`, unrounded."""
+    pixels = jnp.asarray(pixels)
     height, width = pixels.shape[1:3]
     rows, columns = resize_matrix(height, size[0], rule), resize_matrix(width, size[1], rule)
     if (height, width) != tuple(size):
