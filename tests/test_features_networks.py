@@ -17,6 +17,7 @@ from lfm_jax.features import clip as clip_module
 from lfm_jax.features import dino as dino_module
 from lfm_jax.features import inception as inception_module
 from lfm_jax.features import vgg as vgg_module
+from lfm_jax.features.efficientnet import Depthwise
 
 torch = pytest.importorskip("torch")
 _apply = jax.jit(lambda extractor, images: extractor(images))
@@ -220,6 +221,22 @@ def test_efficientnet_knows_a_cat_and_a_cup():
     assert set(top["chelsea"]) <= {281, 282, 283, 284, 285}
     assert set(top["coffee"]) & {967, 968, 504}
     assert set(top["rocket"]) & {657, 744}
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "sides"), [(3, 1, (7, 8)), (5, 2, (7, 8)), (3, 2, (8, 5))]
+)
+def test_shifted_maps_are_a_depthwise_convolution(size, stride, sides):
+    random = np.random.default_rng(0)
+    x = random.normal(size=(2, *sides, 6)).astype(np.float32)
+    params = {"kernel": random.normal(size=(size, size, 1, 6)), "bias": random.normal(size=6)}
+    params = jax.tree.map(lambda a: a.astype(np.float32), params)
+    ours = Depthwise(size, stride).apply({"params": params}, x)
+    theirs = jax.lax.conv_general_dilated(
+        x, params["kernel"], (stride, stride), "SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=6, precision="highest",
+    )  # fmt: skip
+    assert relative(ours, theirs + params["bias"]) < 1e-6
 
 
 def test_your_own_extractor_in_few_lines():
