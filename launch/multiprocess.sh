@@ -23,10 +23,11 @@ while [ $# -gt 0 ]; do
     --logs=*) logs="${1#*=}" ;;
     --dry-run) dry=1 ;;
     --) shift; break ;;
-    *) break ;;
+    *) echo "multiprocess: $1: expected --devices=D, --gpus, --logs=DIR, --dry-run or -- before flags of lfm_jax.main" >&2; exit 2 ;;
   esac
   shift
 done
+[[ $devices =~ ^([1-9][0-9]*)?$ ]] || { echo "multiprocess: --devices=$devices: expected a number" >&2; exit 2; }
 [ $# -gt 0 ] || { echo "multiprocess: expected flags of lfm_jax.main after --" >&2; exit 2; }
 
 python="${PYTHON:-.venv/bin/python}"
@@ -34,7 +35,7 @@ free_port() {
   "$python" -c 'import socket; s = socket.socket(); s.bind(("localhost", 0)); print(s.getsockname()[1])'
 }
 [ -n "$dry" ] && port=PORT || port="$(free_port)"
-[ -n "$logs" ] || logs="$(mktemp -d -t lfm_jax.XXXXXX)"
+[ -n "$logs" ] || logs="$(mktemp -d ${dry:+-u} -t lfm_jax.XXXXXX)"
 
 pids=()
 environment=()
@@ -45,8 +46,8 @@ for ((i = 0; i < count; i++)); do
   [ -n "$devices" ] && environment+=("JAX_PLATFORMS=cpu" "JAX_NUM_CPU_DEVICES=$devices")
   [ -n "$gpus" ] && environment+=("CUDA_VISIBLE_DEVICES=$i")
   if [ -n "$dry" ]; then
-    printf '%s ' env "${environment[@]}" "$python" -m lfm_jax.main "$@"
-    printf '> %s/process_%s.log\n' "$logs" "$i"
+    printf '%q ' env "${environment[@]}" "$python" -m lfm_jax.main "$@"
+    printf '> %q/process_%s.log\n' "$logs" "$i"
     continue
   fi
   mkdir -p "$logs"

@@ -61,12 +61,17 @@ create() {
 setup() {
   local archive
   archive="$(mktemp -t lfm_jax.XXXXXX.tgz)"
-  # What git tracks, as it lies here: local changes go along, runs and caches do not.
-  call bash -c "git ls-files -z | tar --null -czf '$archive' -T -"
-  call gcloud compute tpus tpu-vm scp "$archive" "$TPU_NAME:lfm_jax.tgz" "${place[@]}" --worker=all
-  on all "mkdir -p lfm_jax && tar xzf lfm_jax.tgz -C lfm_jax && cd lfm_jax && \
+  # What git tracks, as it lies here: local changes go along, runs and caches do not. Joined, since
+  # bash lets go on what fails on the left of `||`, where retry calls this.
+  local failed=""
+  {
+    call bash -c "git ls-files -z | tar --null -czf '$archive' -T -" &&
+      call gcloud compute tpus tpu-vm scp "$archive" "$TPU_NAME:lfm_jax.tgz" "${place[@]}" --worker=all &&
+      on all "mkdir -p lfm_jax && tar xzf lfm_jax.tgz -C lfm_jax && cd lfm_jax && \
 source launch/venv.sh && ensure_venv tpu${TPU_SETUP:+ && $TPU_SETUP}"
+  } || failed=1
   rm -f "$archive"
+  [ -z "$failed" ] || { echo "tpu_pod: setup of $TPU_NAME failed" >&2; return 1; }
 }
 
 run() {
@@ -89,8 +94,12 @@ delete() {
   call gcloud compute tpus queued-resources delete "$TPU_NAME" "${place[@]}" --force --quiet
 }
 
-# The status that the run left on host 0; "gone" where the slice does not answer.
-ended() { on 0 "cat lfm_jax/run.status 2>/dev/null || echo running" 2>/dev/null || echo gone; }
+# The status that the run left on host 0; "gone" where it left none and runs no more (a host that
+# was restarted), or where the slice does not answer. [l]: else pgrep finds the shell that calls it.
+ended() {
+  on 0 "cat lfm_jax/run.status 2>/dev/null || { pgrep -f '[l]fm_jax.main' > /dev/null && echo running; }" \
+    2>/dev/null || echo gone
+}
 
 retry() {
   if [ -n "$dry" ]; then
@@ -102,20 +111,27 @@ retry() {
     echo "# and from the start again"
     return
   fi
+  local code ready=""
   while true; do
     if [ "$(state)" != ACTIVE ]; then
+      ready=""
       delete || true
       create || { sleep "$poll"; continue; }
-      setup || continue
     fi
-    run || continue
-    local code
+    # A run that goes on is waited for: retry itself may have been started anew.
+    if [ "$(ended)" != running ]; then
+      [ -n "$ready" ] || setup || { sleep "$poll"; continue; }
+      ready=1
+      run || { sleep "$poll"; continue; }
+    fi
     while code="$(ended)"; [ "$code" = running ]; do sleep "$poll"; done
+    sleep "$poll"
+    # A host that loses the others ends with 1, be it that the whole slice is being taken away.
+    if [ "$code" = 1 ] && [ "$(state)" != ACTIVE ]; then code="1, and the slice is gone"; fi
     case "$code" in
       0 | 1 | 2) echo "tpu_pod: the run ended with status $code" >&2; exit "$code" ;;
       *) echo "tpu_pod: preempted ($code); again" >&2 ;;
     esac
-    sleep "$poll"
   done
 }
 
@@ -123,6 +139,6 @@ need TPU_NAME TPU_ZONE
 place
 case "$verb" in
   logs) on "$host" "tail -n 100 -F lfm_jax/run.log" ;;
-  stop) on all "pkill -TERM -f lfm_jax.main || true" ;;
+  stop) on all "pkill -TERM -f '[l]fm_jax.main' || true" ;; # [l]: not the shell that calls it
   *) "$verb" ;;
 esac

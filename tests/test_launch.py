@@ -4,6 +4,7 @@ gcloud, srun and python are stood in for by small scripts that write down how th
 """
 
 import os
+import shlex
 import shutil
 import subprocess
 
@@ -84,19 +85,23 @@ def test_a_pod_s_command_survives_two_shells(tmp_path):
 
 
 def test_a_pod_that_is_taken_away_is_made_and_run_again(tmp_path):
-    """First the run is preempted, then the slice is gone, then it ends well."""
+    """First the run is preempted, then the slice is gone, then the slice while its hosts lose each
+    other, then it ends well."""
     body = f"""
 cd {tmp_path}
 case "$*" in
   *describe*) if [ -e there ]; then echo ACTIVE; else echo NONE; fi ;;
   *queued-resources\\ create*) touch there ;;
   *queued-resources\\ delete*) rm -f there ;;
+  *nohup*) touch started ;;
   *cat\\ lfm_jax/run.status*)
+    [ -e started ] || {{ echo gone; exit; }}
     echo x >> asked
     case "$(wc -l < asked)" in
       1) echo running ;;
-      2) echo 75; rm there ;;
-      3) rm there; exit 255 ;;
+      2) echo 75; rm there started ;;
+      3) rm there started; exit 255 ;;
+      4) echo 1; rm there started ;;
       *) echo 0 ;;
     esac ;;
 esac"""
@@ -104,15 +109,63 @@ esac"""
     done = _run("tpu_pod.sh", "retry", "--", *FLAGS, env={**POD, "TPU_POLL": "0"}, path=tmp_path)
     assert done.returncode == 0, done.stderr
     text = calls.read_text()
-    assert text.count("queued-resources create") == 3
-    assert text.count("nohup") == 3
-    assert "preempted (75)" in done.stderr and "preempted (gone)" in done.stderr
+    assert text.count("queued-resources create") == 4
+    assert text.count("nohup") == 4
+    for reason in ("75", "gone", "1, and the slice is gone"):
+        assert f"preempted ({reason})" in done.stderr
+
+
+def test_a_pod_whose_setup_fails_is_set_up_again_before_it_runs(tmp_path):
+    body = f"""
+cd {tmp_path}
+case "$*" in
+  *describe*) echo ACTIVE ;;
+  *ensure_venv*) echo x >> setups; [ "$(wc -l < setups)" -gt 1 ] ;;
+  *nohup*) wc -l < setups > ran ;;
+  *cat\\ lfm_jax*) if [ -e ran ]; then echo 0; else echo gone; fi ;;
+esac"""
+    _stand_in(tmp_path, "gcloud", body)
+    done = _run("tpu_pod.sh", "retry", "--", *FLAGS, env={**POD, "TPU_POLL": "0"}, path=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "ran").read_text().strip() == "2"
+    (tmp_path / "setups").unlink()
+    done = _run("tpu_pod.sh", "setup", env=POD, path=tmp_path)
+    assert done.returncode == 1 and "setup of mine failed" in done.stderr
+
+
+def test_a_pod_s_run_that_goes_on_is_waited_for(tmp_path):
+    body = f"""
+cd {tmp_path}
+case "$*" in
+  *describe*) echo ACTIVE ;;
+  *cat\\ lfm_jax*) if [ -e seen ]; then echo 0; else touch seen; echo running; fi ;;
+esac"""
+    calls = _stand_in(tmp_path, "gcloud", body)
+    done = _run("tpu_pod.sh", "retry", "--", *FLAGS, env={**POD, "TPU_POLL": "0"}, path=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "nohup" not in calls.read_text()
+
+
+def test_a_pod_s_run_that_left_nothing_is_gone(tmp_path):
+    """What host 0 is asked, on a host where none runs and no status was left."""
+    seen = tmp_path / "seen"
+    body = f"""
+for a; do [[ $a != --command=cat* ]] || echo "${{a#*=}}" > {seen}; done
+case "$*" in *describe*) echo ACTIVE ;; *cat\\ lfm_jax*) echo 0 ;; esac"""
+    _stand_in(tmp_path, "gcloud", body)
+    _run("tpu_pod.sh", "retry", "--", *FLAGS, env={**POD, "TPU_POLL": "0"}, path=tmp_path)
+    # Another name, as this machine may be running the real one.
+    command = seen.read_text().replace("fm_jax.main", "fm_jax_that_is_not_there")
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0 and done.stdout == ""
 
 
 def test_a_pod_s_failed_run_is_not_tried_again(tmp_path):
     body = 'case "$*" in *describe*) echo ACTIVE ;; *cat\\ lfm_jax*) echo 2 ;; esac'
     calls = _stand_in(tmp_path, "gcloud", body)
-    done = _run("tpu_pod.sh", "retry", "--", *FLAGS, env=POD, path=tmp_path)
+    done = _run("tpu_pod.sh", "retry", "--", *FLAGS, env={**POD, "TPU_POLL": "0"}, path=tmp_path)
     assert done.returncode == 2
     assert calls.read_text().count("nohup") == 1
 
@@ -130,6 +183,8 @@ def test_a_pod_s_failed_run_is_not_tried_again(tmp_path):
         ("xpk.sh", ("create",), {}, ("XPK_CLUSTER",)),
         ("slurm.sbatch", (), {}, ("flags",)),
         ("multiprocess.sh", ("none",), {}, ("none", "number")),
+        ("multiprocess.sh", ("2", "--devices=two", "--", "x"), {}, ("--devices=two", "number")),
+        ("multiprocess.sh", ("2", "--device=2", "--", "x"), {}, ("--device=2", "--devices=D")),
     ],
 )
 def test_a_mistake_is_said_and_status_two(script, arguments, env, words):
@@ -177,6 +232,8 @@ def test_processes_dry_run_names_each(tmp_path):
     for i, line in enumerate(lines):
         assert f"JAX_PROCESS_ID={i} " in line and "JAX_NUM_PROCESSES=3" in line
         assert "JAX_NUM_CPU_DEVICES=2" in line and "lfm_jax.main" in line
+        command = line.partition(" > ")[0]
+        assert shlex.split(command)[-len(FLAGS) :] == list(FLAGS)  # as it can be pasted
 
 
 @pytest.mark.parametrize(
