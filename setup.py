@@ -52,7 +52,7 @@ setup(
             "mkdocs-jupyter>=0.25",
             "latex2mathml>=3.77",
         ],
-        "types": ["basedpyright>=1.40"],  # basedpyright
+        "types": ["basedpyright==1.40.2"],  # launch/types.sh; another version finds other things
         "test": [
             "jax[tpu]",
             "pytest>=8",
