@@ -156,14 +156,15 @@ def one_end_for_all() -> Iterator[None]:
         yield
     except (Exception, errors.Preempted) as error:
         told = errors.ending(error)
-        if isinstance(error, _Apart):
+        if told is not None and isinstance(error, _Apart):
             print(f"lfm_jax: {told[0]}", file=sys.stderr, flush=True)
             os._exit(told[1])
         if not several():
             if told is None:
                 raise
             errors.end(*told)
-        if isinstance(error, errors.Preempted):  # agreed on by all: the farewell comes through
+        if told is not None and isinstance(error, errors.Preempted):
+            # Agreed on by all: the farewell comes through.
             errors.end(*told)
         if told is None and _is_lost_peer(error):
             reason = " ".join(str(error).split())[:160]
