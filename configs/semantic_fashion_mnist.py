@@ -4,7 +4,7 @@
         --config.init=runs/fashion_mnist
 
 The map says background, garment and edge of every pixel, by a documented rule on real images
-(lfm_jax/data/maps.py), which also reads the map of a sample. Two CPU cores: about 10 minutes with
+(lfm_jax/data/maps.py), which also reads the map of a sample. Two CPU cores: about 15 minutes with
 `init`, the finished workdir of configs/fashion_mnist.py; without it everything is trained from
 scratch: raise train.steps. Figures: docs/results/conditions.json, measured by
 benchmarks/conditions.py.

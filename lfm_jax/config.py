@@ -179,6 +179,7 @@ def default_config() -> ConfigDict:
     config.mmd.network_seeds = (11, 12)  # one network a seed; not those of any judge
     config.mmd.network_steps = 800  # updates of each, 128 examples an update
     config.mmd.network_objective = "classify"  # classify | mask | both; unlabelled data: mask
+    config.mmd.network_noise = 0.0  # their examples get noise of a deviation from 0 to this
     config.mmd.networks = placeholder(str)  # folder of networks and bank that runs share
     config.mmd.weights_file = placeholder(str)  # of a published extractor; unset: its cache
     config.mmd.token_times = (0.25,)  # noise levels of the backbone's tokens

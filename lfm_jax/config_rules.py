@@ -105,6 +105,7 @@ RULES: dict[str, Rule] = {
     "mmd.trainable": _one_of("all", "adaln", "lora", "solver"),
     "mmd.lora_rank": _at_least(1),
     "mmd.network_steps": _at_least(1),
+    "mmd.network_noise": _at_least(0),
     "mmd.network_objective": _one_of("classify", "mask", "both"),
     "mmd.kernel": _one_of("linear", "cubic", "gaussian", "laplace", "energy", "imq"),
     "mmd.bandwidth": _more_than(0),

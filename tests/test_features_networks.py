@@ -228,7 +228,7 @@ def test_efficientnet_knows_a_cat_and_a_cup():
 )
 def test_shifted_maps_are_a_depthwise_convolution(size, stride, sides):
     random = np.random.default_rng(0)
-    x = random.normal(size=(2, *sides, 6)).astype(np.float32)
+    x = jnp.asarray(random.normal(size=(2, *sides, 6)), jnp.float32)
     params = {"kernel": random.normal(size=(size, size, 1, 6)), "bias": random.normal(size=6)}
     params = jax.tree.map(lambda a: a.astype(np.float32), params)
     ours = Depthwise(size, stride).apply({"params": params}, x)

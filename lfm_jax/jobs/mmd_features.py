@@ -120,6 +120,7 @@ def _network(config, workdir, codec, cache, name, seed, sizes=None):
         "seed": seed,
         "steps": options.network_steps,
         "objective": options.network_objective if classes else "mask",
+        "noise": options.network_noise,
         **sizes,
     }
     path = networks_folder(config, workdir) / f"{name}-{seed}.safetensors"
@@ -133,6 +134,7 @@ def _network(config, workdir, codec, cache, name, seed, sizes=None):
         len(cache),
         num_classes=classes,
         objective=made_of["objective"],
+        noise=options.network_noise,
         seed=seed,
         steps=options.network_steps,
         progress=sharding.is_main_process(),

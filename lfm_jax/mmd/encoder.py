@@ -87,6 +87,7 @@ def train_encoder(
     *,
     num_classes: int = 0,
     objective: str = "classify",
+    noise: float | int = 0.0,
     seed: int = 0,
     steps: int = 800,
     batch_size: int = 128,
@@ -100,6 +101,7 @@ def train_encoder(
         read: ``read(indices) -> {"x" float [b, h, w, c], "label" int [b]}``.
         count: rows that `read` knows.
         objective: of `OBJECTIVES`.
+        noise: examples are seen with Gaussian noise of a deviation drawn from [0, `noise`] each.
         sizes: fields of `MapEncoder`.
 
     Returns:
@@ -118,7 +120,7 @@ def train_encoder(
     params = jax.jit(model.init)(key, jnp.asarray(example))["params"]
     tx = optax.adamw(optax.cosine_onecycle_schedule(steps, learning_rate), weight_decay=1e-2)
     opt_state = tx.init(params)
-    step_fn = _make_step(model, tx, objective)
+    step_fn = _make_step(model, tx, objective, noise)
     order = np.random.default_rng(seed)
     losses = []
     bar = tqdm(range(steps), desc=f"feature network {seed}", unit="step", disable=not progress)
@@ -131,13 +133,19 @@ def train_encoder(
     return model, params, float(np.mean(losses[-max(steps // 10, 1) :]))
 
 
-def _make_step(model: MapEncoder, tx: optax.GradientTransformation, objective: str):
+def _make_step(
+    model: MapEncoder, tx: optax.GradientTransformation, objective: str, noise: float | int
+):
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params, opt_state, x, label, key):
+        level, drawn = jax.random.split(jax.random.fold_in(key, 1))
+        levels = noise * jax.random.uniform(level, (len(x), 1, 1, 1))
+        seen = x + levels * jax.random.normal(drawn, x.shape)
+
         def loss_fn(params):
             total = 0.0
             if objective != "mask":
-                logits = model.apply({"params": params}, x)["logits"]
+                logits = model.apply({"params": params}, seen)["logits"]
                 targets = optax.smooth_labels(jax.nn.one_hot(label, model.num_classes), 0.05)
                 total += optax.softmax_cross_entropy(logits, targets).mean()
             if objective != "classify":
@@ -145,7 +153,7 @@ def _make_step(model: MapEncoder, tx: optax.GradientTransformation, objective: s
                 cells = (b, -(-h // model.patch), -(-w // model.patch), 1)
                 shown = (jax.random.uniform(key, cells) >= _MASKED).astype(x.dtype)
                 shown = shown.repeat(model.patch, 1).repeat(model.patch, 2)[:, :h, :w]
-                filled = model.apply({"params": params}, x, shown)["filled"]
+                filled = model.apply({"params": params}, seen, shown)["filled"]
                 error = jnp.square(filled - x) * (1 - shown)
                 total += error.sum() / (jnp.sum(1 - shown) * x.shape[-1] + 1e-6)
             return total
