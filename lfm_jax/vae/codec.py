@@ -123,15 +123,15 @@ def make_codec(
     slice_size: int = 0,
 ) -> Codec:
     """A codec of this autoencoder; scale and shift default to the family's own (the module's)."""
-    scale = model.scaling_factor if scale is None else scale
-    shift = model.shift_factor if shift is None else shift
-    if not scale > 0:
-        raise UserError(f"scale: {scale}, but the latent scale must be positive")
+    its_scale = model.scaling_factor if scale is None else scale
+    its_shift = model.shift_factor if shift is None else shift
+    if not its_scale > 0:
+        raise UserError(f"scale: {its_scale}, but the latent scale must be positive")
     return Codec(
         params=params,
         model=model,
-        scale=float(scale),
-        shift=float(shift),
+        scale=float(its_scale),
+        shift=float(its_shift),
         decode_dtype=decode_dtype,
         slice_size=slice_size,
     )

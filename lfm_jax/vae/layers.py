@@ -40,7 +40,7 @@ def convolve(
         return y if bias is None else y + bias
     y = jax.lax.conv_general_dilated(
         x,
-        kernel,
+        jnp.asarray(kernel),
         (stride, stride),
         padding,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),

@@ -63,7 +63,9 @@ class _Gaussian:
     """Mean and covariance of rows that come in batches (Chan, Golub & LeVeque 1979), float64."""
 
     def __init__(self):
-        self.count, self.mean, self.scatter = 0, 0.0, 0.0
+        self.count = 0
+        self.mean: Any = 0.0  # arrays once there are rows
+        self.scatter: Any = 0.0
 
     def add(self, rows: Float[np.ndarray, "n d"]) -> None:
         rows = np.asarray(rows, np.float64)
@@ -148,7 +150,7 @@ def reconstruction_report(
         "shift": codec.shift,
         "encoder": codec.fingerprint,
     }
-    if extractor is not None:
+    if extractor is not None and distance is not None:
         report["rfd"] = float(distance(*real.moments, *fake.moments))
         report["rfd_features"] = getattr(extractor, "name", "features")
     if str(folder):

@@ -50,35 +50,51 @@ def sweep(
     maps: tuple[np.ndarray, ...],
     *,
     channels: int,
-    groups: int,
     tile: int,
     scale: float | int = 1,
     halo: int = 1,
-) -> tuple[np.ndarray, Statistics | None]:
-    """Apply one 3x3 convolution's worth of network to whole maps, and sum up its statistics.
+    look: Callable[[Array, np.ndarray, np.ndarray], None] | None = None,
+) -> np.ndarray:
+    """Apply one 3x3 convolution's worth of network to whole maps.
 
     Args:
         function: of tiles of `maps`.
         maps: ``[b, h, w, c]``, equally large.
         channels: of the output.
-        groups: of the norm behind it; 0 for no statistics.
         tile: side of a tile of the input.
         scale: the output's side over the input's. With 1/2 tile and halo must be even, so that a
             window's pixels are halved in the same pairs as the map's.
         halo: pixels around a tile that are read and whose output is dropped.
+        look: is shown each window's output, and which of its rows and columns are kept.
     """
     b, h, w, _ = maps[0].shape
     out = np.empty((b, int(h * scale), int(w * scale), channels), maps[0].dtype)
-    parts = []
     for rows, kept_rows in windows(h, tile, halo):
         for columns, kept_columns in windows(w, tile, halo):
             y = function(*(m[:, rows, columns] for m in maps))
             row, column = owned(kept_rows, rows, scale), owned(kept_columns, columns, scale)
-            if groups:
-                parts.append(tile_statistics(y, row, column, groups))
+            if look is not None:
+                look(y, row, column)
             kept = np.asarray(y)[:, row > 0][:, :, column > 0]
             out[:, scaled(kept_rows, scale), scaled(kept_columns, scale)] = kept
-    return out, merge(parts) if groups else None
+    return out
+
+
+def measured_sweep(
+    function: Callable[..., Array],
+    maps: tuple[np.ndarray, ...],
+    *,
+    groups: int,
+    **options: Any,
+) -> tuple[np.ndarray, Statistics]:
+    """`sweep`, and the statistics of its output for the norm of `groups` groups behind it."""
+    parts = []
+
+    def look(y: Array, row: np.ndarray, column: np.ndarray) -> None:
+        parts.append(tile_statistics(y, row, column, groups))
+
+    out = sweep(function, maps, look=look, **options)
+    return out, merge(parts)
 
 
 @functools.partial(jax.jit, static_argnums=3)
@@ -136,7 +152,7 @@ def shortcut(model: AutoencoderKL, block: Any, x: AnyArray) -> Array:
     """What a residual block adds its output to: `x` in the block's channels."""
     if "conv_shortcut" in block:
         return plain_conv(model, block["conv_shortcut"], x, layers.NONE)
-    return x
+    return jnp.asarray(x)
 
 
 first_half = functools.partial(jax.jit, static_argnums=0)(norm_conv)
@@ -173,9 +189,9 @@ def residual_blocks(
     for i in range(blocks):
         block = level[f"resnets_{i}"]
         first = functools.partial(first_half, model, block["norm1"], block["conv1"], statistics)
-        h, middle = sweep(first, (x,), **options)
+        h, middle = measured_sweep(first, (x,), **options)
         second = functools.partial(second_half, model, block, middle)
-        x, statistics = sweep(second, (h, x), **options)
+        x, statistics = measured_sweep(second, (h, x), **options)
         if f"attentions_{i}" in level:
             x = np.asarray(attention(model, level[f"attentions_{i}"], x))
             statistics = whole_statistics(x, model.norm_groups)

@@ -14,7 +14,7 @@ contrast. Two ways out, both with the mid block (attention) on the whole latents
 """
 
 import functools
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -35,6 +35,7 @@ from lfm_jax.vae.sweeps import (
     Statistics,
     attention,
     first_half,
+    measured_sweep,
     norm_conv,
     owned,
     plain_conv,
@@ -61,14 +62,14 @@ def encode_tiled(
     Raises:
         UserError: another kind of autoencoder, images that do not fit, a tile that is not positive.
     """
-    tile = _checked(model, tile or 256)
+    model, tile = _checked(model, tile or 256)
     check_images(images.shape, factor=model.factor, channels=model.in_channels)
     tile += tile % 2
     encoder, groups = params["encoder"], model.norm_groups
     x = np.asarray(images, jnp.dtype(model.dtype))
     enter = functools.partial(_plain, model, encoder["conv_in"])
     widths = model.block_out_channels
-    x, statistics = sweep(enter, (x,), channels=widths[0], groups=groups, tile=tile)
+    x, statistics = measured_sweep(enter, (x,), channels=widths[0], groups=groups, tile=tile)
     for i, channels in enumerate(widths):
         level = encoder[f"down_blocks_{i}"]
         options = {"channels": channels, "tile": tile}
@@ -77,7 +78,7 @@ def encode_tiled(
         )
         if "downsamplers_0" in level:
             halve = functools.partial(_downsample, model, level["downsamplers_0"]["conv"])
-            x, statistics = sweep(halve, (x,), groups=groups, scale=0.5, halo=2, **options)
+            x, statistics = measured_sweep(halve, (x,), groups=groups, scale=0.5, halo=2, **options)
     return jax.tree.map(np.asarray, _top(model, params, x))
 
 
@@ -105,7 +106,7 @@ def decode_tiled(
     Raises:
         UserError: another kind of autoencoder, other channels, a tile that is not positive.
     """
-    tile = _checked(model, tile or (256 if exact else 64))
+    model, tile = _checked(model, tile or (256 if exact else 64))
     check_latents(z.shape, channels=model.latent_channels)
     x = np.asarray(_bottom(model, params, z))
     if exact:
@@ -124,24 +125,24 @@ def receptive_field(model: AutoencoderKL) -> int:
     return int(np.ceil(pixels / model.factor))
 
 
-def _checked(model: nn.Module, tile: int) -> int:
+def _checked(model: nn.Module, tile: int) -> tuple[AutoencoderKL, int]:
     if not isinstance(model, AutoencoderKL):
         raise UserError(f"model: {type(model).__name__} cannot be tiled; accepted: AutoencoderKL")
     if tile < 1:
         raise UserError(f"tile: {tile}, but it must be at least 1")
-    return tile
+    return model, tile
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _top(model: AutoencoderKL, params: Any, x: AnyArray) -> DiagonalGaussian:
     """Everything after the down path: it runs on the whole latents."""
-    return model.apply({"params": params}, x, method="encode_top")
+    return cast(DiagonalGaussian, model.apply({"params": params}, x, method="encode_top"))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _bottom(model: AutoencoderKL, params: Any, z: AnyArray) -> Array:
     """Everything before the up path: it runs on the whole latents."""
-    return model.apply({"params": params}, z, method="decode_bottom")
+    return cast(Array, model.apply({"params": params}, z, method="decode_bottom"))
 
 
 _plain = functools.partial(jax.jit, static_argnums=0)(plain_conv)
@@ -176,11 +177,11 @@ def _sweep_layers(model: AutoencoderKL, params: Any, x: np.ndarray, tile: int) -
         )
         if "upsamplers_0" in level:
             double = functools.partial(_upsample, model, level["upsamplers_0"]["conv"])
-            x, statistics = sweep(double, (x,), groups=groups, scale=2, **options)
+            x, statistics = measured_sweep(double, (x,), groups=groups, scale=2, **options)
     last = functools.partial(
         first_half, model, params["conv_norm_out"], params["conv_out"], statistics
     )
-    out, _ = sweep(last, (x,), channels=model.out_channels, groups=0, tile=tile)
+    out = sweep(last, (x,), channels=model.out_channels, tile=tile)
     return out.astype(np.float32)
 
 
