@@ -209,10 +209,12 @@ def restore(
         data: the step's ``data`` item if it has been read.
 
     Raises:
-        UserError: a checkpoint of another network.
+        UserError: no checkpoint, or one of another network.
         Damaged: it cannot be read, or its arrays are not those that were saved.
     """
     step = manager.latest_step() if step is None else step
+    if step is None:
+        raise UserError(f"{manager.directory}: expected a checkpoint, there is none")
     where = manager.directory / str(step)
     wanted = (read_data(manager, step) if data is None else data).get(_SUMS)
     if wanted is not None:

@@ -10,9 +10,10 @@ through.
 """
 
 import hashlib
+import io
 import json
 import os
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -77,7 +78,8 @@ def _host_sum(array: np.ndarray) -> int:
 def file_sha256(path: str | os.PathLike) -> str:
     """sha256 hex of a file, local or in a bucket, read by pieces."""
     with epath.Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        # Binary files can be read into a buffer; the type of `open` does not say so.
+        return hashlib.file_digest(cast(io.BufferedReader, file), "sha256").hexdigest()
 
 
 def seal(values: dict[str, Any], key: str = "checksum") -> dict[str, Any]:

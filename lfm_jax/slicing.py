@@ -19,7 +19,7 @@ from lfm_jax.errors import UserError
 
 
 def apply_sliced(
-    function: Callable[[Array], Any], x: Num[Array | np.ndarray, "b ..."], *, slice_size: int
+    function: Callable[[Any], Any], x: Num[Array | np.ndarray, "b ..."], *, slice_size: int
 ) -> Any:
     """``function(x)`` in slices of the batch; a last, smaller slice is filled up with zeros.
 

@@ -6,7 +6,7 @@ import math
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from etils import epath
@@ -93,7 +93,9 @@ def _summary_writer() -> type:
     """
     hides = "torch" not in sys.modules
     if hides:
-        sys.modules["torch"] = None  # an import of it fails, as where it is not installed
+        sys.modules["torch"] = cast(
+            Any, None
+        )  # an import of it fails, as where it is not installed
     try:
         from tensorboardX import SummaryWriter
     finally:
