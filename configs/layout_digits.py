@@ -3,7 +3,7 @@
     python -m lfm_jax.main --config=configs/layout_digits.py --workdir=runs/layout
 
 One to four of scikit-learn's digits a canvas, without overlap (lfm_jax/data/layouts.py); held-out
-canvases hold held-out digits. The flow works on pixels. Two CPU cores: about 8 minutes for all
+canvases hold held-out digits. The flow works on pixels. Two CPU cores: about 20 minutes for all
 stages. Figures: docs/results/conditions.json, measured by benchmarks/conditions.py.
 """
 
@@ -32,7 +32,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.model.patch = 4  # 36 tokens
     config.model.context_dim = 96
 
-    config.train.steps = 3000
+    config.train.steps = 9000
     config.train.batch_size = 64
     config.train.learning_rate = 1e-3
     config.train.schedule = "cosine"
