@@ -8,7 +8,7 @@ whose weight is infinite at t = 1, where the gradient vanishes for a perfect cla
 a trained one: it is bounded, ``min(t / (1 - t), max_weight)``.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import flax.struct
@@ -37,8 +37,9 @@ class LogProbability:
 
     def __call__(self, x: Float[Array, "b ..."], t: Float[Array, " b"]) -> Float[Array, " b"]:
         """The log-probability of each row's label."""
-        logits = self.model.apply({"params": self.params}, x, t).astype(jnp.float32)
-        log_p = jax.nn.log_softmax(logits)
+        assert self.label is not None  # the rows are known by now
+        logits = cast(Array, self.model.apply({"params": self.params}, x, t))
+        log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
         return jnp.take_along_axis(log_p, self.label[:, None], axis=-1)[:, 0]
 
 
@@ -113,7 +114,8 @@ def noisy_classifier_loss(
         x0 = draw_latents(batch, key, scale=scale, shift=shift, mirror=mirror)
         noise = rng.normal(rng.stream_keys(key, rng.Stream.NOISE, position), x0.shape[1:])
         t = draw_times(rng.stream_keys(key, rng.Stream.TIME, position))
-        logits = model.apply({"params": params}, path.interpolate(x0, noise, t), t)
+        x = path.interpolate(x0, noise, t)
+        logits = cast(Array, model.apply({"params": params}, x, t))
         log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
         label = batch["label"]
         known = label >= 0

@@ -132,13 +132,14 @@ def classifier_free(
                 f"of {table} classes, asked for the null label {num_classes} (scale 1 needs none)"
             )
         null_cond = with_label(velocity, num_classes).cond
+    low, high = interval
     return Extrapolated(
         strong=velocity,
         weak=velocity_null,
         null_cond=null_cond,
         scale=jnp.asarray(scale, jnp.float32),
         channels=channels,
-        interval=tuple(map(float, interval)),
+        interval=(float(low), float(high)),
         rescale=float(rescale),
     )
 

@@ -7,7 +7,7 @@ keyed by its position in the data stream, so a resumed run and another topology 
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -149,7 +149,8 @@ def flow_matching_loss(
         x = path.interpolate(x0, noise, t, sigma_min=sigma_min)
         # One key a batch, yet a function of the stream's position alone.
         dropout = rng.stream_keys(key, rng.Stream.DROPOUT, position[:1])[0]
-        v = model.apply({"params": params}, x, t, cond, train=True, rngs={"dropout": dropout})
+        out = model.apply({"params": params}, x, t, cond, train=True, rngs={"dropout": dropout})
+        v = cast(Array, out)
         u = path.target(x0, noise, sigma_min=sigma_min)
         mean = jnp.mean(jnp.square(v.astype(jnp.float32) - u))
         # Beside the loss: a network that has learned nothing scores the target's own power.

@@ -12,7 +12,7 @@ a leading batch axis or a pytree of such.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import diffrax
 import flax.struct
@@ -116,7 +116,7 @@ def solve_terms(
         max_steps=steps,
         throw=False,
     )
-    last, finite = sol.ys
+    last, finite = cast(tuple[Any, Array], sol.ys)  # one of each `SubSaveAt`
     reached = jnp.asarray(times)[1:]
     failed_t = jnp.where(finite.all(0), jnp.nan, reached[jnp.argmin(finite, axis=0)])
     return jax.tree.map(lambda y: y[0], last), Stats(
@@ -145,12 +145,12 @@ def solve_through(
         x,
         leaves,
         stepsize_controller=_Times(ts=times),
-        saveat=diffrax.SaveAt(ts=times[np.asarray(stops)]),
+        saveat=diffrax.SaveAt(ts=jnp.asarray(times[np.asarray(stops)])),
         adjoint=_adjoint(None),
         max_steps=len(times) - 1,
         throw=False,
     )
-    return sol.ys
+    return cast(Array, sol.ys)
 
 
 def solve_adaptive(
@@ -202,6 +202,7 @@ def solve_adaptive(
             max_steps=max_steps,
             throw=False,
         )
+        assert sol.ts is not None  # the default `SaveAt` keeps the end
         done = sol.result == diffrax.RESULTS.successful
         return jax.tree.map(lambda a: a[0], sol.ys), sol.stats["num_steps"], sol.ts[0], done
 

@@ -17,7 +17,7 @@ sampling. The noise of a sample is a function of its own key: no batch, no topol
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import diffrax
 import equinox as eqx
@@ -134,7 +134,7 @@ class Brownian(eqx.Module):
             tree = diffrax.VirtualBrownianTree(
                 0.0, 1.0, tol=TREE_TOLERANCE, shape=self.shape, key=key
             )
-            return tree.evaluate(t0, t1)
+            return cast(Array, tree.evaluate(t0, t1))
 
         return jax.vmap(one)(self.keys)
 

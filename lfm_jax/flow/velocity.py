@@ -7,7 +7,7 @@ and ``network_calls``, how many network evaluations one call executes.
 """
 
 import dataclasses
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import flax.linen as nn
 import flax.struct
@@ -54,7 +54,7 @@ class NetworkVelocity:
     def __call__(self, x: Float[Array, "b ..."], t: Float[Array, " b"]) -> Float[Array, "b ..."]:
         """The network's velocity in float32, whatever its activations' type."""
         v = self.model.apply({"params": self.params}, x, t, self.cond)
-        return v.astype(jnp.float32)
+        return cast(Array, v).astype(jnp.float32)
 
 
 def with_label(velocity: Any, label: Any) -> Any:

@@ -88,6 +88,7 @@ class EdmBlock(nn.Module):
         if not self.heads:
             return x
         if self.context:
+            assert tokens is not None  # the network has looked
             return self._transformer(x, tokens)
         qkv = dense(norm(x, "norm2", self.epsilon), 3 * c, "qkv", init=self.init_attention, dtype=d)
         y = maps.attend(qkv, self.heads, self.attention)

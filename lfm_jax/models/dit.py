@@ -13,6 +13,8 @@ Parameters of all blocks are stacked ``[depth, ...]`` under ``blocks``, whether 
 (`scan_blocks`: compile time independent of the depth) or unrolled (XLA may fuse across blocks).
 """
 
+from typing import Any, cast
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -65,6 +67,7 @@ class Block(nn.Module):
         x = x + gate1[:, None] * dense(d, "attention_out")(y)
 
         if self.context:
+            assert tokens is not None  # the network has looked
             q = dense(d, "cross_q")(layers.layer_norm(x)).reshape(b, t, *head)
             k, v = jnp.split(dense(2 * d, "cross_kv")(tokens), 2, axis=-1)
             k, v = (z.reshape(b, -1, *head) for z in (k, v))
@@ -166,12 +169,12 @@ class DiT(Backbone):
             parent=None,
         )
 
-        def init(key: Array) -> dict:
+        def init(key: Array) -> Any:
             keys = jax.random.split(key, self.depth)
             return jax.vmap(lambda k: block.init(k, x, c, tokens)["params"])(keys)
 
         def step(x: Array, params: dict) -> Array:
-            return block.apply({"params": params}, x, c, tokens)
+            return cast(Array, block.apply({"params": params}, x, c, tokens))
 
         stacked = self.param("blocks", init)
         step = layers.remat(step, self.remat, prevent_cse=not self.scan_blocks)

@@ -62,7 +62,7 @@ def sinusoid(
     """
     half = dim // 2
     exponent = np.arange(half) / (half - 1 if endpoint else half)
-    angles = t.astype(jnp.float32)[:, None] * np.float32(max_period**-exponent)[None]
+    angles = t.astype(jnp.float32)[:, None] * (max_period**-exponent).astype(np.float32)[None]
     parts = (jnp.sin(angles), jnp.cos(angles)) if sin_first else (jnp.cos(angles), jnp.sin(angles))
     return jnp.concatenate(parts, axis=-1)
 

@@ -138,9 +138,11 @@ def resample(
     options = {"feature_group_count": c, "dimension_numbers": ("NHWC", "HWIO", "NHWC")}
     side = size // 2 - 1
     if direction == "down":
-        edges = ((side if pad is None else pad,) * 2,) * 2
+        edge = side if pad is None else pad
+        edges = ((edge, edge), (edge, edge))
         return jax.lax.conv_general_dilated(x, kernel, (2, 2), edges, **options)
-    edges = ((size - 1 - side,) * 2,) * 2
+    edge = size - 1 - side
+    edges = ((edge, edge), (edge, edge))
     return jax.lax.conv_general_dilated(
         x, kernel * 4, (1, 1), edges, lhs_dilation=(2, 2), **options
     )
