@@ -35,7 +35,7 @@ def ours(batch: int, steps: int) -> Callable[[], None]:
     )
     random = np.random.default_rng(0)
     real = {"raw": random.normal(size=(ROWS, size)).astype(np.float32)}
-    bank = mmd.make_bank(real, np.zeros(ROWS, np.int32), num_classes=CLASSES)
+    bank = mmd.make_bank(real, np.zeros(ROWS, np.int32))
     loss = mmd.mmd_loss(rows, {"raw": space}, bank=bank, bank_rows=ROWS)
     key, tx = jax.random.key(0), adamw(lambda step: 1e-4)
     mesh = sharding.make_mesh()
