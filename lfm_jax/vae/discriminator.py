@@ -15,7 +15,7 @@ element or not at all.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -103,7 +103,7 @@ def adversarial_loss(
     pixelwise = RECONSTRUCTIONS[reconstruction]
 
     def judge(params, images):
-        return discriminator.apply({"params": params}, images)
+        return cast(Array, discriminator.apply({"params": params}, images))
 
     def loss(params, batch, key):
         coder, critic = params["autoencoder"], params["discriminator"]

@@ -8,7 +8,7 @@ example's position in the data stream.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -38,12 +38,12 @@ def reconstruct(
     position: Integer[AnyArray, " b"],
 ) -> tuple[Float[Array, "b h w c"], DiagonalGaussian, Float[Array, "b i j d"]]:
     """Decode a posterior sample whose noise is keyed by position; also the posterior and sample."""
-    posterior = model.apply({"params": params}, images, method="encode")
+    posterior = cast(DiagonalGaussian, model.apply({"params": params}, images, method="encode"))
     noise = normal(
         stream_keys(key, Stream.POSTERIOR, jnp.asarray(position)), posterior.mean.shape[1:]
     )
     z = posterior.mean + posterior.std * noise
-    return model.apply({"params": params}, z, method="decode"), posterior, z
+    return cast(Array, model.apply({"params": params}, z, method="decode")), posterior, z
 
 
 def psnr(x: Float[Array, "b h w c"], y: Float[Array, "b h w c"]) -> Float[Array, ""]:

@@ -7,6 +7,8 @@ ours to ship: the user gives torchvision's VGG16 and, for the learned ``w``, LPI
 without it all ``w`` are one.
 """
 
+import functools
+import operator
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -99,13 +101,13 @@ def lpips(params: Any) -> Callable[[Array, Array], Float[Array, " b"]]:
         x: Float[AnyArray, "b h w c"], y: Float[AnyArray, "b h w c"]
     ) -> Float[Array, " b"]:
         x, y = (jnp.broadcast_to(v, (*v.shape[:3], 3)) for v in (x, y))
-        total = 0.0
         stages = zip(
             vgg_features(params, x), vgg_features(params, y), params["linear"], strict=True
         )
-        for of_x, of_y, weight in stages:
-            difference = jnp.square(unit(of_x) - unit(of_y)) @ weight
-            total = total + jnp.mean(difference, axis=(1, 2))
-        return total
+        distances = [
+            jnp.mean(jnp.square(unit(of_x) - unit(of_y)) @ weight, axis=(1, 2))
+            for of_x, of_y, weight in stages
+        ]
+        return functools.reduce(operator.add, distances)
 
     return distance
