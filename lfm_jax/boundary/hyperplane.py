@@ -240,7 +240,7 @@ def _solve(
 
         found = LogisticRegression(C=cost, class_weight="balanced", max_iter=5000)
         found.fit(factor, positive)
-        return found.coef_[0], float(found.intercept_[0])
+        return found.coef_[0], float(np.ravel(found.intercept_)[0])
     means = [factor[side].mean(0) for side in (positive, ~positive)]
     beta = means[0] - means[1]
     if method == "lda":

@@ -49,31 +49,37 @@ class Judge:
     belongs: Callable[[Images], np.ndarray] = lambda images: np.ones(len(images), bool)
 
 
-def class_judge(
-    attribute: Attribute, class_names: Sequence[str], extractor: Extractor | None
-) -> Judge:
+def class_numbers(attribute: Attribute, class_names: Sequence[str]) -> tuple[int, int | None]:
+    """The classes on the two sides of a ``pair`` or ``class`` attribute; None: all the others.
+
+    Raises:
+        UserError: no such class.
+    """
+    positive = class_number(attribute.positive, class_names, attribute=attribute.name)
+    if attribute.kind != "pair":
+        return positive, None
+    return positive, class_number(attribute.negative, class_names, attribute=attribute.name)
+
+
+def class_judge(attribute: Attribute, class_names: Sequence[str], extractor: Extractor) -> Judge:
     """Of a ``pair`` or ``class`` attribute, by a classifier of the data set's classes.
 
     The score of a pair is the difference of the two logits; of one class its log odds.
     """
-    positive = class_number(attribute.positive, class_names, attribute=attribute.name)
-    pair = attribute.kind == "pair"
-    negative = (
-        class_number(attribute.negative, class_names, attribute=attribute.name) if pair else None
-    )
+    positive, negative = class_numbers(attribute, class_names)
 
     def sides(source: ImageSource, indices: np.ndarray) -> Sides:
         return class_sides(attribute, _labels(source, indices), class_names)
 
     def score(images: Images) -> Scores:
         logits = _logits(extractor, images)
-        if pair:
+        if negative is not None:
             return logits[:, positive] - logits[:, negative]
         rest = np.delete(logits, positive, axis=1)
         return logits[:, positive] - np.logaddexp.reduce(rest, axis=1)
 
     def belongs(images: Images) -> np.ndarray:
-        if not pair:
+        if negative is None:
             return np.ones(len(images), bool)
         return np.isin(_logits(extractor, images).argmax(-1), (positive, negative))
 

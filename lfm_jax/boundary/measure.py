@@ -6,6 +6,7 @@ the full range (bytes / 255), averaged over images.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Num, UInt8
@@ -40,12 +41,17 @@ def monotonicity(
     strengths: Sequence[float | int] | np.ndarray, scores: Float[np.ndarray, "k n"]
 ) -> dict[str, float]:
     """Spearman correlation of strength and score: of the mean score, and the mean over images."""
+    whole = _spearman(strengths, scores.mean(axis=1))
+    varied = [column for column in scores.T if np.ptp(column) > 0]
+    each = [_spearman(strengths, column) for column in varied]
+    return {"of_the_mean": whole, "mean_of_images": float(np.mean(each)) if each else 0.0}
+
+
+def _spearman(x: Sequence[float | int] | np.ndarray, y: np.ndarray) -> float:
     from scipy.stats import spearmanr
 
-    whole = spearmanr(strengths, scores.mean(axis=1)).statistic
-    varied = [column for column in scores.T if np.ptp(column) > 0]
-    each = [spearmanr(strengths, column).statistic for column in varied]
-    return {"of_the_mean": float(whole), "mean_of_images": float(np.mean(each)) if each else 0.0}
+    found: Any = spearmanr(x, y)  # its type is made at run time
+    return float(found.statistic)
 
 
 def leakage(

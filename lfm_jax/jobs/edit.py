@@ -77,7 +77,7 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
         expected = {**{k: provenance[k] for k in ("model", "codec")}, **place(way.space, parts[0])}
         if section.time is not None:
             expected["t"] = float(section.time)
-        if len(parts) > 1 or section.also:
+        if len(parts) != 1 or section.also:
             raise UserError(
                 f"--config.edit.boundary={section.boundary}: one boundary of one space; expected "
                 "edit.space z or h, and no edit.also"

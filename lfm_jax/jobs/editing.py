@@ -18,6 +18,7 @@ from lfm_jax.boundary.editor import Editor
 from lfm_jax.boundary.judges import (
     Judge,
     class_judge,
+    class_numbers,
     pixel_judge,
     table_judge,
     take_sides,
@@ -96,7 +97,7 @@ def make_judges(config: ConfigDict, workdir: Workdir) -> list[Judge]:
     extractor, judges = None, []
     for attribute in parsed:
         if attribute.kind in ("pair", "class"):
-            class_judge(attribute, train.class_names, extractor)  # names are checked first
+            class_numbers(attribute, train.class_names)  # before a classifier is trained
             if extractor is None:
                 borrow_extractors(base(config, workdir), workdir)
                 extractor, _ = open_judge(config, workdir)
