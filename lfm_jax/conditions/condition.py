@@ -14,7 +14,7 @@ with half of the dropped conditions, so that all four combinations are trained.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
@@ -37,11 +37,14 @@ class Condition(Protocol):
 
     Attributes:
         name: what configs call it.
-        drop: probability of the null condition in training.
     """
 
-    name: str
-    drop: float
+    name: ClassVar[str]
+
+    @property
+    def drop(self) -> float:
+        """Probability of the null condition in training."""
+        ...
 
     def stored(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """Shape and type of each array of an example in the cache."""

@@ -111,6 +111,7 @@ def guided(
         terms = [(1 - condition_scale, none), (condition_scale - label_scale, kept)]
         terms.append((label_scale, full))
     else:
+        assert full is not None  # `null` would have nothing to stand against
         none = dataclasses.replace(null, label=full.label)
         terms = [(1 - condition_scale, none), (condition_scale, full)]
     # The last term is also what stands outside of the interval.
@@ -119,10 +120,11 @@ def guided(
     used += terms[-1:] if terms[-1][0] or keeps_last else []
     if len(used) == 1 and used[0][0] == 1:
         return dataclasses.replace(velocity, cond=used[0][1])
+    low, high = interval
     return Weighted(
         velocity=velocity,
         conds=tuple(cond for _, cond in used),
         weights=jnp.asarray([weight for weight, _ in used], jnp.float32),
         channels=channels,
-        interval=tuple(map(float, interval)),
+        interval=(float(low), float(high)),
     )

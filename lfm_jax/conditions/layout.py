@@ -56,6 +56,7 @@ class Layout:
         self, images: UInt8[np.ndarray, "n h w c"], indices: np.ndarray
     ) -> dict[str, np.ndarray]:
         """The layouts of these images."""
+        assert self.read is not None  # who prepares has annotations to read
         return self.read(indices)
 
     def encode(self, codec: Codec, images: Array, arrays: Arrays) -> Arrays:

@@ -152,7 +152,7 @@ def _freeform(random: np.random.Generator, size: int) -> Mask:
 def _half(random: np.random.Generator, size: int) -> Mask:
     mask = np.zeros((size, size), bool)
     mask[: size // 2] = True
-    return np.rot90(mask, random.integers(4)).copy()
+    return np.rot90(mask, int(random.integers(4))).copy()
 
 
 def _center(random: np.random.Generator, size: int) -> Mask:

@@ -4,7 +4,7 @@ Four 3x3 convolutions, two of them at half the side, and the two scales joined f
 pixel. Trained with cross-entropy on real images and their maps, never on samples.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import flax.struct
@@ -65,7 +65,7 @@ def train_segmenter(
     @jax.jit
     def step(params, state, x, ids):
         def loss(params):
-            logits = model.apply({"params": params}, _scaled(x))
+            logits = cast(Array, model.apply({"params": params}, _scaled(x)))
             return optax.softmax_cross_entropy_with_integer_labels(logits, ids).mean()
 
         updates, state = optimizer.update(jax.grad(loss)(params), state, params)
@@ -80,7 +80,8 @@ def train_segmenter(
 
 @jax.jit
 def _ids(segmenter: Segmenter, images):
-    return segmenter.model.apply({"params": segmenter.params}, _scaled(images)).argmax(-1)
+    logits = segmenter.model.apply({"params": segmenter.params}, _scaled(images))
+    return cast(Array, logits).argmax(-1)
 
 
 def segment(

@@ -53,6 +53,7 @@ class Semantic:
         self, images: UInt8[np.ndarray, "n h w c"], indices: np.ndarray
     ) -> dict[str, np.ndarray]:
         """The maps of these images."""
+        assert self.read is not None  # who prepares has annotations to read
         return {"map": self.read(indices)}
 
     def encode(self, codec: Codec, images: Array, arrays: Arrays) -> Arrays:

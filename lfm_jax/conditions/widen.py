@@ -23,7 +23,8 @@ def widen(old: Any, fresh: Any, *, patch: int = 1) -> Any:
     Returns:
         Host arrays. What differs for another reason keeps its old shape, for the caller to find.
     """
-    old, new = (traverse.flatten_dict(tree, sep="/") for tree in (old, fresh))
+    old = dict[str, Any](traverse.flatten_dict(old, sep="/"))
+    new = dict[str, Any](traverse.flatten_dict(fresh, sep="/"))
     result = dict(old)
     for name, leaf in new.items():
         if name not in old:

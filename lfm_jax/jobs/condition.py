@@ -16,7 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from lfm_jax.conditions import Condition, Inpainting, Layout, Semantic, masks
+from lfm_jax.conditions import Inpainting, Layout, Semantic, masks
 from lfm_jax.conditions.pictures import picture
 from lfm_jax.config import to_json
 from lfm_jax.data import open_layouts, open_maps, read_layouts
@@ -35,8 +35,10 @@ _CACHED = ("kind", "source", "num_classes", "max_objects", "masks", "variants", 
 _SHOWN = 10  # conditions and samples of each in a grid
 _HELD_OUT = 1_000_003  # apart from the seeds of training masks
 
+Made = Inpainting | Semantic | Layout
 
-def make(config: ConfigDict, codec: Codec, split: str = "train") -> Condition | None:
+
+def make(config: ConfigDict, codec: Codec, split: str = "train") -> Made | None:
     """The condition that `config.condition` describes, reading the annotations of a split."""
     section = config.condition
     if section.kind == "none":
@@ -107,7 +109,7 @@ class Given:
         codec: for what the condition encodes.
     """
 
-    condition: Condition
+    condition: Made
     count: int
     repeats: int
     labels: np.ndarray | None
@@ -133,13 +135,13 @@ class Given:
         """Masks, maps or boxes of the conditions, and "image" where there is one."""
         images = None if self.images is None else self.images(numbers)
         arrays = dict(self.arrays(numbers, images))
-        if "mask" in arrays:
+        if isinstance(self.condition, Inpainting):
             arrays["mask"] = masks.unpack(arrays["mask"][:, 0], self.condition.image_size)
         return arrays if images is None else {**arrays, "image": images}
 
 
 @partial(jax.jit, static_argnums=0)
-def _encode(condition: Condition, codec: Codec, images: Any, arrays: dict) -> dict:
+def _encode(condition: Inpainting, codec: Codec, images: Any, arrays: dict) -> dict:
     return condition.encode(codec, from_uint8(images), arrays)
 
 
@@ -153,7 +155,7 @@ def given(config: ConfigDict, codec: Codec) -> Given | None:
     source = build.images(config, "test")
     wanted = -(-section.num_samples // section.repeats)
     places = spread(len(source), min(wanted, len(source)))
-    condition = make(config, codec, "test")
+    condition = _asked(config, codec, "test")
     if isinstance(condition, Inpainting):
         condition = dataclasses.replace(
             condition,
@@ -161,6 +163,12 @@ def given(config: ConfigDict, codec: Codec) -> Given | None:
             seed=section.seed + _HELD_OUT,
             variants=1,
         )
+    prepare = condition.prepare
+
+    def arrays(numbers: np.ndarray, images: np.ndarray | None) -> dict[str, np.ndarray]:
+        assert images is not None  # every condition here is of an image
+        return prepare(images, places[numbers])
+
     labels = source.batch(places)["label"] if config.data.num_classes else None
     return Given(
         condition=condition,
@@ -168,7 +176,7 @@ def given(config: ConfigDict, codec: Codec) -> Given | None:
         repeats=section.repeats,
         labels=labels,
         images=lambda numbers: source.batch(places[numbers])["image"],
-        arrays=lambda numbers, images: condition.prepare(images, places[numbers]),
+        arrays=arrays,
         codec=codec,
     )
 
@@ -192,18 +200,27 @@ def given_grid(given: Given, images: np.ndarray) -> Image.Image:
     return image_grid(cells, columns=len(columns))
 
 
+def _asked(config: ConfigDict, codec: Codec, split: str) -> Made:
+    condition = make(config, codec, split)
+    assert condition is not None  # runs without a condition do not come here
+    return condition
+
+
 def _of_user(config: ConfigDict, codec: Codec) -> Given:
     """Conditions from files; everything is read and checked before anything is sampled."""
     path, size = config.sample.given, config.data.image_size
-    condition, images = make(config, codec), None
+    condition = _asked(config, codec, "train")
+    images: Callable[[np.ndarray], np.ndarray] | None = None
     if isinstance(condition, Inpainting):
         condition = dataclasses.replace(condition, variants=1)
         source, holes = open_masked(path, image_size=size, channels=config.data.channels)
         pictures = source.batch(range(len(source)))["image"]
         arrays = {"mask": masks.pack(holes)[:, None]}
 
-        def images(numbers: np.ndarray) -> np.ndarray:
+        def taken_from(numbers: np.ndarray) -> np.ndarray:
             return pictures[numbers]
+
+        images = taken_from
     elif isinstance(condition, Semantic):
         arrays = {"map": _user_maps(path, condition)}
     else:

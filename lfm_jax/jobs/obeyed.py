@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from lfm_jax import sharding
-from lfm_jax.conditions import figures, segmenter
+from lfm_jax.conditions import Inpainting, Semantic, figures, segmenter
 from lfm_jax.conditions.inpainting import composite
 from lfm_jax.data import ImageSource, open_maps
 from lfm_jax.data.maps import garment_parts
@@ -47,9 +47,9 @@ def measure(
     assert given is not None  # `config.condition.kind` is not none here
     images = samples.read()
     told = given.plain(given.numbers(np.arange(len(images))))
-    if config.condition.kind == "inpainting":
+    if isinstance(given.condition, Inpainting):
         found = _inpainting(config, look, images, told, samples.labels)
-    elif config.condition.kind == "semantic":
+    elif isinstance(given.condition, Semantic):
         found = _semantic(config, codec, images, told, given.condition.num_classes)
     else:
         found = _layout(config, codec, images, told)
