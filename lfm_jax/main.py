@@ -26,13 +26,14 @@ def main(_: list[str]) -> None:
     from lfm_jax.config import to_json
     from lfm_jax.config_check import check_config
 
-    config = _CONFIG.value
+    config, workdir = _CONFIG.value, _WORKDIR.value
+    assert workdir is not None  # `_parse_flags` has asked for it
     config.job = _JOB.value or config.job
     with distributed.one_end_for_all():
         check_config(config)
         distributed.initialize()
-        distributed.agree(to_json(config), _WORKDIR.value)
-        result = jobs.run_job(config.job, config, _WORKDIR.value)
+        distributed.agree(to_json(config), workdir)
+        result = jobs.run_job(config.job, config, workdir)
         if sharding.is_main_process():
             print(json.dumps(result), flush=True)
 

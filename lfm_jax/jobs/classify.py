@@ -1,6 +1,6 @@
 """Train the classifier of noisy latents whose gradient guides sampling."""
 
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -119,7 +119,8 @@ def _accuracies(
         x0 = draw_latents(batch, key, scale=codec.scale, shift=codec.shift)
         noise = rng.normal(rng.stream_keys(key, rng.Stream.NOISE, rows), x0.shape[1:])
         times = jnp.full(rows.shape, t)
-        return model.apply({"params": params}, interpolate(x0, noise, times), times).argmax(-1)
+        logits = model.apply({"params": params}, interpolate(x0, noise, times), times)
+        return cast(jax.Array, logits).argmax(-1)
 
     return {
         f"{t:g}": float(

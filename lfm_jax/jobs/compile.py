@@ -75,12 +75,12 @@ def measure(step: Step, devices: list[Any]) -> dict[str, Any]:
     figures["compile_seconds"] = time.perf_counter() - begin
     memory = aot.memory(compiled)
     moved = collectives(compiled.as_text())
-    fits = hbm is None or memory["peak"] <= hbm
+    over = 0 if hbm is None else max(0, memory["peak"] - hbm)
     return {
         **figures,
-        "fits": fits,
+        "fits": not over,
         "needed": memory["peak"],
-        "over": 0 if fits else memory["peak"] - hbm,
+        "over": over,
         "memory": memory,
         "donated": memory["aliased"] / step.donated if step.donated else None,
         "collectives": {kind: dataclasses.asdict(c) for kind, c in moved.items()},

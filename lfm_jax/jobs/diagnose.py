@@ -102,6 +102,7 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
         if part == "curve":
             figures |= curve(config, workdir, params, settings)
         else:
+            assert held is not None  # some part is not the curve
             figures[part] = {"bound": bound, "likelihood": likelihood, "inversion": inversion}[
                 part
             ](config, workdir, held)

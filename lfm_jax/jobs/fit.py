@@ -92,7 +92,7 @@ def fit(
         Preempted: the process was asked to end and the state is saved.
     """
     main = sharding.is_main_process()
-    retention = {"keep": keep, "keep_every": keep_every, "keep_best": keep_best}
+    retention: dict[str, Any] = {"keep": keep, "keep_every": keep_every, "keep_best": keep_best}
     disk = _disk_use(folder, checkpoints.tree_bytes(state), steps, **retention)
     with (
         checkpoints.open_manager(folder, save_every=save_every, **retention) as manager,

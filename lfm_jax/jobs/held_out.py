@@ -78,7 +78,7 @@ def beside_held_out(
         figures |= _memorisation(config, workdir, look, fake, real, samples, train)
     if samples.labels is None or not train.num_classes:
         return figures
-    figures |= _by_class(config, fake, real, rebuilt, samples, train, test)
+    figures |= _by_class(config, fake, real, rebuilt, samples, samples.labels, train, test)
     return figures
 
 
@@ -88,6 +88,7 @@ def _by_class(
     real: FeatureSet,
     rebuilt: FeatureSet | None,
     samples: SampleFile,
+    asked: np.ndarray,
     train: ImageSource,
     test: ImageSource,
 ) -> dict[str, Any]:
@@ -95,17 +96,17 @@ def _by_class(
     figures: dict[str, Any] = {}
     if config.evaluate.extractor == "classifier":
         labels = test.batch(spread(len(test), real.count))["label"]
-        figures["accuracy_samples"] = _accuracy(fake, samples.labels)
+        figures["accuracy_samples"] = _accuracy(fake, asked)
         figures["accuracy_real"] = _accuracy(real, labels)
         if rebuilt is not None:
             figures["accuracy_reconstruction"] = _accuracy(rebuilt, labels)
     if len(train) * int(np.prod(samples.shape[1:])) > _IN_MEMORY:
         return figures
     images, seen = samples.read(), _all(train)
-    ratio = pixel_std_ratio(images, samples.labels, seen, train.num_classes)
+    ratio = pixel_std_ratio(images, asked, seen, train.num_classes)
     figures["pixel_std_ratio"] = ratio
     if config.evaluate.svc:
-        figures |= svc_accuracy(seen, _all(test), images, samples.labels)
+        figures |= svc_accuracy(seen, _all(test), images, asked)
     return figures
 
 
@@ -156,6 +157,7 @@ def _kid(first: FeatureSet, second: FeatureSet) -> float:
 
 
 def _accuracy(features: FeatureSet, labels: np.ndarray) -> float:
+    assert features.logits is not None  # a classifier's
     return float((features.logits.argmax(-1) == labels).mean())
 
 

@@ -25,7 +25,12 @@ def stages(config: ConfigDict) -> tuple[str, ...]:
 
 
 def inputs(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
-    return {name: workdir.result(name)["provenance"]["inputs"] for name in stages(config)}
+    told = {}
+    for name in stages(config):
+        result = workdir.result(name)
+        assert result is not None  # `run` has run what had not ended
+        told[name] = result["provenance"]["inputs"]
+    return told
 
 
 def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
