@@ -109,6 +109,16 @@ def test_a_latent_encoder_learns_classes_and_to_fill_in():
         read, len(source), objective="mask", steps=60, width=16, levels=2, progress=False
     )
     assert filled < 0.8 * batch["x"].var()
+    model, robust, _ = mmd.train_encoder(
+        read, len(source), num_classes=10, noise=1.0, steps=60, width=16, levels=2, progress=False
+    )
+    noised = batch["x"] + np.random.default_rng(0).normal(size=batch["x"].shape)
+
+    def right(weights):
+        logits = model.apply({"params": weights}, jnp.asarray(noised, jnp.float32))["logits"]
+        return (np.asarray(logits).argmax(-1) == batch["label"]).mean()
+
+    assert right(robust) > right(params) + 0.03
     for objective, words in (("classify", "needs classes"), ("best", "none of classify")):
         with pytest.raises(UserError, match=words):
             mmd.train_encoder(read, len(source), objective=objective)

@@ -25,8 +25,13 @@ from lfm_jax.workdir import Workdir
 
 FEATURES = ("pixels", "latents", "tokens", "raw", "random", *PUBLISHED)
 _VALIDATION_SEED = 97  # of the network that chooses the snapshot: none of those trained on
-_PIXELS = {"width": 24, "levels": 3, "stem": 2, "hidden": 128}
-_LATENTS = {"width": 64, "levels": 2, "stem": 1, "hidden": 128}
+# The seeds take turns at these: what one shape is blind to (a stem of stride 2 is, to grain), the
+# other sees.
+_PIXELS = (
+    {"width": 16, "levels": 3, "stem": 1, "hidden": 128},
+    {"width": 24, "levels": 3, "stem": 2, "hidden": 128},
+)
+_LATENTS = ({"width": 64, "levels": 2, "stem": 1, "hidden": 128},)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,8 +74,10 @@ def feature_maps(
     train = functools.partial(_network, config, workdir, codec, cache)
     for name in options.features:
         if name in ("pixels", "latents"):
-            for seed in options.network_seeds:
-                network, weights, notes[f"{name}-{seed}"] = train(name, seed)
+            shapes = _PIXELS if name == "pixels" else _LATENTS
+            for i, seed in enumerate(options.network_seeds):
+                sizes = shapes[i % len(shapes)]
+                network, weights, notes[f"{name}-{seed}"] = train(name, seed, sizes)
                 maps.append(_trained_map(config, codec, name, seed, network, weights))
         elif name == "tokens":
             maps.append(
@@ -110,11 +117,10 @@ def _trained_map(config, codec, name, seed, network, weights):
     return mmd.Decoded(codec=codec, extractor=extractor, entries=entries, name=f"pixels-{seed}")
 
 
-def _network(config, workdir, codec, cache, name, seed, sizes=None):
+def _network(config, workdir, codec, cache, name, seed, sizes):
     """A trained `MapEncoder`, from its file where that is of the same making."""
     options = config.mmd
     classes = config.data.num_classes
-    sizes = sizes or (_PIXELS if name == "pixels" else _LATENTS)
     made_of = {
         "cache": cache.fingerprint,
         "seed": seed,
@@ -177,8 +183,8 @@ def _judge(config, codec, cache, train, notes) -> Judge:
     name = "pixels" if {"pixels", *PUBLISHED} & set(config.mmd.features) else "latents"
     if name == "pixels" and not _has_images(config):
         name = "latents"
-    base = _PIXELS if name == "pixels" else _LATENTS
-    sizes = {**base, "width": base["width"] - 8, "hidden": 96}
+    base = (_PIXELS if name == "pixels" else _LATENTS)[0]
+    sizes = {**base, "width": base["width"] - 4, "hidden": 96}
     network, weights, notes[f"validation {name}"] = train(name, _VALIDATION_SEED, sizes)
     feature_map = _trained_map(config, codec, name, _VALIDATION_SEED, network, weights)
     feature_map = dataclasses.replace(feature_map, entries=("features",))

@@ -109,11 +109,14 @@ def make_bank(
 
 def save_bank(path: str | os.PathLike, bank: Bank, made_of: dict[str, Any]) -> None:
     """Write `bank` whole, with `made_of` (JSON) and a checksum."""
-    arrays = {name: np.asarray(rows, np.float16) for name, rows in bank.rows.items()}
+    arrays: dict[str, Any] = {
+        name: np.asarray(rows, np.float16) for name, rows in bank.rows.items()
+    }
     arrays["__labels__"] = np.asarray(bank.labels)
     meta = {"made_of": made_of, "starts": bank.starts, "sha256": _digest(arrays)}
+    arrays[_META] = np.frombuffer(json.dumps(meta).encode(), np.uint8)
     buffer = io.BytesIO()
-    np.savez(buffer, **arrays, **{_META: np.frombuffer(json.dumps(meta).encode(), np.uint8)})
+    np.savez(buffer, **arrays)
     write_bytes(path, buffer.getvalue())
 
 

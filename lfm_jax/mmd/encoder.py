@@ -14,7 +14,7 @@ channels, which see the grain of an image where the hidden layer sees what it sh
 import functools
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -93,7 +93,7 @@ def train_encoder(
     batch_size: int = 128,
     learning_rate: float | int = 2e-3,
     progress: bool = True,
-    **sizes: int,
+    **sizes: Any,
 ) -> tuple[MapEncoder, dict, float]:
     """Train a `MapEncoder`.
 
@@ -145,7 +145,7 @@ def _make_step(
         def loss_fn(params):
             total = 0.0
             if objective != "mask":
-                logits = model.apply({"params": params}, seen)["logits"]
+                logits = cast(dict[str, Array], model.apply({"params": params}, seen))["logits"]
                 targets = optax.smooth_labels(jax.nn.one_hot(label, model.num_classes), 0.05)
                 total += optax.softmax_cross_entropy(logits, targets).mean()
             if objective != "classify":
@@ -153,8 +153,8 @@ def _make_step(
                 cells = (b, -(-h // model.patch), -(-w // model.patch), 1)
                 shown = (jax.random.uniform(key, cells) >= _MASKED).astype(x.dtype)
                 shown = shown.repeat(model.patch, 1).repeat(model.patch, 2)[:, :h, :w]
-                filled = model.apply({"params": params}, seen, shown)["filled"]
-                error = jnp.square(filled - x) * (1 - shown)
+                out = cast(dict[str, Array], model.apply({"params": params}, seen, shown))
+                error = jnp.square(out["filled"] - x) * (1 - shown)
                 total += error.sum() / (jnp.sum(1 - shown) * x.shape[-1] + 1e-6)
             return total
 

@@ -14,7 +14,7 @@ for what the autoencoder loses.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import flax.struct
@@ -116,7 +116,8 @@ class BackboneTokens:
                                latents.shape[1:])  # fmt: skip
             t = jnp.full(len(latents), time)
             x = interpolate(latents, noise, t)
-            _, hidden = self.model.apply({"params": self.params}, x, t, cond, capture=self.taps)
+            out = self.model.apply({"params": self.params}, x, t, cond, capture=self.taps)
+            _, hidden = cast(tuple[Array, dict[str, Array]], out)
             for tap, state in hidden.items():
                 state = state.astype(jnp.float32)
                 rows[f"{self.name}/{tap}@{time:g}"] = state.mean(tuple(range(1, state.ndim - 1)))
@@ -140,7 +141,7 @@ class LatentMaps:
 
     def __call__(self, latents: Any, labels: Any, keys: Any) -> Rows:
         """The chosen entries."""
-        found = self.model.apply({"params": self.params}, latents)
+        found = cast(dict[str, Array], self.model.apply({"params": self.params}, latents))
         return {f"{self.name}/{entry}": found[entry] for entry in self.entries}
 
 

@@ -194,6 +194,7 @@ def trainable(
             raise UserError(f"lora rank: {rank} is below 1")
         extra["lora"] = _new_lora(params, key, rank)
     if kind == "solver":
+        assert times is not None  # the config's own steps are given
         extra["solver"] = new_solver(times)
     if steered:
         extra["offset"] = _new_offset(params, key)

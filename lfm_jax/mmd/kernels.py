@@ -13,6 +13,8 @@ several scales, so that no single one has to be right. Everything is float32 at 
 precision: squared distances are differences of large numbers.
 """
 
+import functools
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -113,7 +115,7 @@ class Mixture:
 
     def __call__(self, x: Float[Array, "m d"], y: Float[Array, "n d"]) -> Float[Array, "m n"]:
         terms = zip(self.weights, self.kernels, strict=True)
-        return sum(weight * kernel(x, y) for weight, kernel in terms)
+        return functools.reduce(operator.add, (w * kernel(x, y) for w, kernel in terms))
 
 
 def mixture(kernels: Sequence[Kernel], weights: Sequence[float | int] = ()) -> Mixture:

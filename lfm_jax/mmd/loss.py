@@ -147,6 +147,7 @@ def discrepancy(
             if not (isinstance(negatives, float | int) and negatives == 0):
                 anyone = y
                 if space.num_classes:
+                    assert real_labels is not None  # rows of classes come with them
                     # The same rows under any label: p(x) p(c) and not p(x, c).
                     anyone = space.rows(real[name], real_labels[_scattered(len(y))])
                 away = mean_pairs(x, anyone, space.kernel, block=block)
@@ -225,6 +226,7 @@ def mmd_loss(
         count = len(batch["position"])
         batch = {**batch, "draws": jnp.broadcast_to(draws, (count, 2))}
         if groups:
+            assert bank is not None  # checked above
             classes = _classes(first, bank, groups)
             batch["label"] = classes[jnp.arange(count) * groups // count]
         return batch, first
