@@ -62,8 +62,6 @@ def controls(study: Study, kind: str, seeds: list[int]) -> None:
         for seed in seeds:
             name = f"{kind}-{steps}-{seed}"
             if kind == "grid":
-                if steps == 1:
-                    continue  # a grid of one step has nothing to train but one scale
                 config = study.mmd_config(
                     steps, seed, {"mmd.trainable": "solver", "train.learning_rate": 2e-2}
                 )

@@ -146,7 +146,16 @@ def test_a_trained_solver_starts_as_its_grid_and_learns_a_better_one():
         trained = step(trained)
     assert loss(trained) < 0.6 * loss(start)
     times = mmd.solver_times(trained, 2)
-    assert times[0] == 1 and times[-1] == 0 and (np.diff(times) < 0).all()
+    assert 0 < times[0] <= 1 and times[-1] == 0 and (np.diff(times) < 0).all()
+
+
+def test_a_trained_grid_stays_within_the_flow_and_can_leave_its_ends():
+    solver = mmd.new_solver(np.array([1.0, 0.0]))
+    for start, expected in ((1.0, 1.0), (1.2, 0.8), (0.7, 0.7), (0.0, 0.05)):
+        times = mmd.solver_times({**solver, "start": jnp.float32(start)}, 1)
+        np.testing.assert_allclose(times, [expected, 0.0], rtol=1e-6)
+    slope = jax.grad(lambda s: mmd.solver_times({**solver, "start": s}, 1)[0])
+    assert slope(1.0) == 1 and slope(1.1) == -1
 
 
 @pytest.mark.parametrize("kind", mmd.TRAINABLE)

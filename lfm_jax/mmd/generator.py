@@ -2,14 +2,20 @@
 
     G(z, c) = x_N,    x_{i+1} = one solver step of dx/dt = v(x, t, c) from tau_i to tau_{i+1}
 
-on a grid ``1 = tau_0 > ... > tau_N = 0``. diffrax keeps the N latents of the solve and recomputes a
-step on the way back, so the activations in memory are those of one step whatever N is: four
-forward passes' worth of work a step, three for the last one of Euler's.
+on a grid ``1 >= tau_0 > ... > tau_N = 0``. A flow that is asked at t = 1 knows nothing but the mean
+of the data. Told that it is at ``tau_0 < 1`` it takes the noise for a rough picture and completes
+it: one step from 0.8 is closer to the data than one from 1 before anything is trained (as few-step
+diffusion distillation found, too: Yin et al. 2024, DMD2).
+
+diffrax keeps the N latents of the solve and recomputes a step on the way back, so the activations
+in memory are those of one step whatever N is: four forward passes' worth of work a step, three for
+the last one of Euler's.
 
 Beside the network's parameters a tree may hold an entry ``few_step`` of three optional parts:
 
-    solver   "logits" [N]: the grid, ``tau_i = 1 - cumsum(softmax(logits))``, and "scales" [N], one
-             factor on the velocity a step: a few-step sampler of under 100 numbers
+    solver   "start" and "logits" [N]: the grid, ``tau_i = start (1 - cumsum(softmax(logits)))``,
+             and "scales" [N], one factor on the velocity a step: a few-step sampler of under 100
+             numbers
     offset   what (N, guidance) adds to the time embedding: one network for several of them
     lora     low-rank updates of the network's matrices (Hu et al. 2022)
 
@@ -34,6 +40,7 @@ from lfm_jax.flow.solvers import get_solver
 FEW_STEP = "few_step"
 TRAINABLE = ("all", "adaln", "lora", "solver")
 _OFFSET_WIDTH = 32
+_EARLIEST = 0.05  # of t_max: a trained grid starts no nearer to the data
 
 
 # ---- the solve
@@ -81,7 +88,7 @@ def generate(
 
     Args:
         velocity: see `lfm_jax.flow.velocity`.
-        noise: the state at ``velocity.t_max``.
+        noise: the state at the grid's first time.
         solver: a fixed-step name of `lfm_jax.flow.SOLVERS`, or ``ddim``.
         num_steps: N.
         grid: a name of `lfm_jax.flow.GRIDS` or the falling times.
@@ -146,6 +153,7 @@ def new_solver(times: np.ndarray) -> dict[str, Array]:
     """The trained solver that starts as plain steps along `times`."""
     widths = -np.diff(np.asarray(times))
     return {
+        "start": jnp.float32(times[0]),
         "logits": jnp.asarray(np.log(widths / widths.sum()), jnp.float32),
         "scales": jnp.ones(len(widths), jnp.float32),
     }
@@ -154,13 +162,15 @@ def new_solver(times: np.ndarray) -> dict[str, Array]:
 def solver_times(
     trained: dict[str, Array], num_steps: int, *, t_max: float = 1.0
 ) -> Float[Array, " k"]:
-    """The falling times ``[N + 1]`` of a trained solver, exact at both ends."""
+    """The falling times ``[N + 1]`` of a trained solver, from at most `t_max` to exactly 0."""
     count = len(trained["logits"])
     if count != num_steps:
         raise UserError(f"num_steps: {num_steps}, but this checkpoint's grid has {count} steps")
     inner = 1 - jnp.cumsum(jax.nn.softmax(trained["logits"]))[:-1]
-    ends = jnp.array([1.0]), jnp.array([0.0])
-    return t_max * jnp.concatenate([ends[0], inner, ends[1]])
+    start = trained["start"]
+    start = jnp.where(start > t_max, 2 * t_max - start, start)  # reflected: a clip has no slope
+    start = jnp.maximum(start, _EARLIEST * t_max)
+    return start * jnp.concatenate([jnp.array([1.0]), inner, jnp.array([0.0])])
 
 
 # ---- what trains
