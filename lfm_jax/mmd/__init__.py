@@ -25,19 +25,7 @@ from lfm_jax.mmd.features import (
     random_maps,
     soft_clamp,
 )
-from lfm_jax.mmd.generator import (
-    FEW_STEP,
-    TRAINABLE,
-    deploy,
-    deploy_sampler,
-    freeze,
-    generate,
-    is_few_step,
-    new_solver,
-    solver_times,
-    trainable,
-    trained_mask,
-)
+from lfm_jax.mmd.generator import generate
 from lfm_jax.mmd.gradcache import gradcache
 from lfm_jax.mmd.kernels import (
     KERNELS,
@@ -54,6 +42,18 @@ from lfm_jax.mmd.kernels import (
 )
 from lfm_jax.mmd.loss import Space, discrepancy, make_space, mmd_loss
 from lfm_jax.mmd.rows import row_generator
+from lfm_jax.mmd.trained import (
+    FEW_STEP,
+    TRAINABLE,
+    deploy,
+    deploy_sampler,
+    freeze,
+    is_few_step,
+    new_solver,
+    solver_times,
+    trainable,
+    trained_mask,
+)
 
 __all__ = [
     "ESTIMATORS",

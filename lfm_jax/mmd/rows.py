@@ -12,7 +12,8 @@ from lfm_jax import rng
 from lfm_jax.errors import UserError
 from lfm_jax.flow import NetworkVelocity, classifier_free
 from lfm_jax.mmd.features import FeatureMap, Rows, all_features
-from lfm_jax.mmd.generator import deploy, freeze, generate
+from lfm_jax.mmd.generator import generate
+from lfm_jax.mmd.trained import deploy, freeze
 from lfm_jax.models.conditioning import Cond
 
 
