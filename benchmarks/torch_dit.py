@@ -13,7 +13,7 @@ from torch import nn
 
 
 def sinusoid(t: torch.Tensor, dim: int = 256) -> torch.Tensor:
-    frequencies = torch.exp(-math.log(1e4) * torch.arange(dim // 2) / (dim // 2))
+    frequencies = torch.exp(-math.log(1e4) * torch.arange(dim // 2, device=t.device) / (dim // 2))
     angles = t[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 

@@ -29,7 +29,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.sample.batch_size = 500
     config.sample.guidance = 1.0
     # What is around a stroke all but decides it: few steps stay nearer to the mean, which is closer
-    # to the image and costs no quality there. Large holes want more: --config.sample.num_steps=16.
+    # to the image and costs no quality there. Large holes want more: --config.sample.num_steps=8.
     config.sample.solver = "euler"
     config.sample.num_steps = 4
 

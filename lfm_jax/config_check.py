@@ -145,6 +145,11 @@ def _check_mmd(config: ConfigDict) -> None:
             "--config.mmd.trainable=solver: a grid has one number of steps; expected no "
             "mmd.more_steps, and another solver than ddim"
         )
+    if options.more_steps and "," in options.grid:
+        raise UserError(
+            f"--config.mmd.grid={options.grid}: times are of one N; mmd.more_steps="
+            f"{tuple(options.more_steps)} wants a grid's name"
+        )
     if options.baked and (options.guidance != 1 or not config.data.num_classes):
         raise UserError(
             f"--config.mmd.baked={tuple(options.baked)}: guidance in the target needs classes; "

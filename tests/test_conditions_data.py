@@ -61,6 +61,36 @@ def test_maps_pair_with_images_by_name(tmp_path):
         open_maps("folder", images, **options)
 
 
+def test_names_that_repeat_pair_by_their_folders(tmp_path):
+    """Classes that count their images from 0 each must not get one another's maps."""
+    for i, part in enumerate("xy"):
+        _save(tmp_path / f"images/{part}/0.png", np.full((16, 16), i))
+        _save(tmp_path / f"maps/{part}/0.PNG", np.full((16, 16), 2 - i))
+    images = open_images("folder", path=str(tmp_path / "images"), image_size=16, channels=1)
+    options = {"path": str(tmp_path / "maps"), "image_size": 16, "num_classes": 3}
+    assert open_maps("folder", images, **options).batch([0, 1])[:, 0, 0].tolist() == [2, 1]
+    _save(tmp_path / "images/x/0.jpg", np.zeros((16, 16)))
+    images = open_images("folder", path=str(tmp_path / "images"), image_size=16, channels=1)
+    with pytest.raises(UserError, match=r"x/0\.jpg, x/0\.png have one name"):
+        open_maps("folder", images, **options)
+    with pytest.raises(UserError, match=r"image x/a\.png: expected a number as CelebAMask-HQ"):
+        (tmp_path / "images/x/0.jpg").rename(tmp_path / "images/x/a.png")
+        images = open_images("folder", path=str(tmp_path / "images"), image_size=16, channels=1)
+        open_maps("celebamask", images, **options)
+
+
+def test_maps_that_would_fill_the_memory_are_refused(tmp_path):
+    _folder_of_images(tmp_path / "images", ["a"])
+    _save(tmp_path / "maps/a.png", np.zeros((1, 60_000)))
+    images = open_images("folder", path=str(tmp_path / "images"), image_size=256, channels=1)
+    options = {"path": str(tmp_path / "maps"), "image_size": 256, "num_classes": 3}
+    with pytest.raises(UserError, match=r"a\.png: 60000x1 pixels grow beyond"):
+        open_maps("folder", images, **options)
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "maps/a.png")
+    with pytest.raises(UserError, match=r"a\.png: .*(20000x20000|400000000) pixels"):
+        open_maps("folder", images, **options)
+
+
 def test_an_unknown_id_is_named_with_its_file(tmp_path):
     images = _folder_of_images(tmp_path / "images", ["a"])
     _save(tmp_path / "maps/a.png", np.full((16, 16), 7))
@@ -90,6 +120,10 @@ def test_coco_stuff_counts_unlabelled_as_the_first_class(tmp_path):
     maps = open_maps("coco_stuff", images, path=str(tmp_path / "maps"), image_size=16)
     assert maps.num_classes == 183
     assert np.unique(maps.batch([0])).tolist() == [0, 182]
+    ids[9] = 182
+    _save(tmp_path / "maps/a.png", ids)
+    with pytest.raises(UserError, match=r"a\.png: unknown class id 182; expected 0 to 181"):
+        maps.batch([0])
 
 
 def test_the_parts_of_a_face_cover_one_another_in_order(tmp_path):
@@ -182,10 +216,27 @@ def test_impossible_layouts_are_named(tmp_path, boxes, words):
         assert found.shape == (1, 4, 4) and classes.tolist() == [[3, 4, -1, -1]]
 
 
-def test_a_file_that_is_no_layout_is_one_line(tmp_path):
+def test_every_bad_layout_is_named(tmp_path):
     path = tmp_path / "layouts.json"
-    path.write_text("[[1, 2, 3]]")
-    with pytest.raises(UserError, match="expected a JSON list"):
+    good, out = [3, 0.1, 0.1, 0.4, 0.4], [4, 0.7, 0.1, 1.2, 0.4]
+    path.write_text(json.dumps([[out, good, good], [good], [[float("nan"), *good[1:]]]]))
+    with pytest.raises(UserError) as caught:
+        read_layouts(str(path), num_classes=10, max_objects=4, overlap=False)
+    for words in ("image 0: box 0 (0.7", "boxes 1 and 2 overlap", "image 2: box 0: class nan",
+                  "2 images in all"):  # fmt: skip
+        assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[[1, 2, 3]]", "[[1, 0, 0, 1, 1]]", '[[["1", "0", "0", "1", "1"]]]', "[[[null, 0, 0, 1, 1]]]",
+     "[[[true, 0, 0, 1, 1]]]", f"[[[1{'0' * 400}, 0, 0, 1, 1]]]", "[" * 100_000],
+    ids=["numbers", "flat", "strings", "null", "truth", "huge", "deep"],
+)  # fmt: skip
+def test_a_file_that_is_no_layout_is_one_line(tmp_path, text):
+    path = tmp_path / "layouts.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"layouts\.json: .*expected a JSON list"):
         read_layouts(str(path), num_classes=10, max_objects=4, overlap=False)
 
 
@@ -222,6 +273,30 @@ def test_coco_boxes_lie_in_the_cropped_square(tmp_path):
     np.testing.assert_allclose(told["boxes"][0, 1], [0.75, 0, 1, 1])
 
 
+@pytest.mark.parametrize(
+    "part, change",
+    [
+        ("annotations", {"image_id": 1, "category_id": 1}),
+        ("annotations", {"image_id": 1, "bbox": [0, 0, 9, 9]}),
+        ("annotations", {"image_id": 1, "category_id": 1, "bbox": [0, 9]}),
+        ("annotations", {"image_id": 1, "category_id": 1, "bbox": ["a"] * 4}),
+        ("categories", None),
+        ("images", {"id": 1, "file_name": "a.png", "width": 0, "height": 9}),
+    ],
+)
+def test_damaged_annotations_are_one_line(tmp_path, part, change):
+    images = _folder_of_images(tmp_path / "images", ["a"])
+    things = {
+        "images": [{"id": 1, "file_name": "a.png", "width": 16, "height": 16}],
+        "categories": [{"id": 1, "name": "person"}],
+        "annotations": [{"image_id": 1, "category_id": 1, "bbox": [0, 0, 9, 9]}],
+    }
+    things[part] = [change]
+    (tmp_path / "instances_train2017.json").write_text(json.dumps(things))
+    with pytest.raises(UserError, match=str(tmp_path)):
+        open_layouts("coco", images, path=str(tmp_path), max_objects=3).batch([0])
+
+
 # ---- masks from files
 
 
@@ -254,6 +329,43 @@ def test_every_bad_mask_is_named(tmp_path):
         "3 in all",
     ):
         assert words in str(caught.value)
+    Image.fromarray(mask.astype(np.uint8)).convert("RGB").save(tmp_path / "masks/a.png")
+    (tmp_path / "masks/b.png").write_bytes(b"no image")
+    with pytest.raises(
+        UserError, match=r"a\.png: mode RGB; .*b\.png: not a readable image.*3 in all"
+    ):
+        open_masked(str(tmp_path), image_size=16, channels=1)
     (tmp_path / "masks/d.png").rename(tmp_path / "masks/e.png")
     with pytest.raises(UserError, match=r"no file for image d\.png; no image for file e\.png"):
+        open_masked(str(tmp_path), image_size=16, channels=1)
+
+
+def test_a_hole_that_is_lost_on_the_way_is_named(tmp_path):
+    """A stroke of one pixel in a large image, and one beside the square that is cut out."""
+    mask = np.zeros((64, 128))
+    mask[:, 63] = 255
+    _save(tmp_path / "images/a.png", mask)
+    _save(tmp_path / "images/b.png", mask)
+    _save(tmp_path / "masks/a.png", mask)
+    _save(tmp_path / "masks/b.png", np.roll(mask, -60, axis=1))
+    with pytest.raises(UserError, match=r"a\.png has no hole left at 8x8 .*b\.png.*2 in all"):
+        open_masked(str(tmp_path), image_size=8, channels=1)
+
+
+def test_a_palettes_white_is_the_hole_whatever_its_number(tmp_path):
+    _folder_of_images(tmp_path / "images/train", ["a"])
+    picture = Image.new("P", (16, 16), 1)
+    picture.putpalette([255, 255, 255, 0, 0, 0])
+    picture.paste(0, (0, 0, 16, 4))
+    (tmp_path / "masks").mkdir()
+    picture.save(tmp_path / "masks/a.png")
+    _, holes = open_masked(str(tmp_path), image_size=16, channels=1)
+    assert holes[0, :4].all() and holes.mean() == 0.25
+
+
+def test_an_image_that_cannot_be_read_is_named(tmp_path):
+    _save(tmp_path / "masks/a.png", np.full((16, 16), 255))
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/a.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"images/a\.png: not a readable image"):
         open_masked(str(tmp_path), image_size=16, channels=1)

@@ -191,6 +191,7 @@ def test_bad_input_is_one_line(config, base, tmp_path):
     fails("guidance in the target", run=False, mmd__baked=(2.0,), mmd__guidance=1.5)
     fails("one row stands for all", run=False, mmd__real="mean")
     fails("grid=1,0.5,0.2,0: 3 steps", mmd__grid="1,0.5,0.2,0", mmd__features=("raw",))
+    fails("times are of one N", run=False, mmd__grid="1,0.5,0", mmd__more_steps=(1,))
     fails("no mmd.more_steps", run=False, mmd__trainable="solver", mmd__more_steps=(1,))
     fails("one for each of the", mmd__weights=(1.0, 2.0, 3.0), mmd__features=("raw",))
 

@@ -372,6 +372,20 @@ def test_bad_tensors_are_named(tmp_path, small):
         vae.load_vae(write(tmp_path / "turned", turned, config))
 
 
+def test_numbers_that_would_blacken_every_image_are_named(tmp_path, small):
+    tensors, config = state(small), dict(small.config)
+    name = "decoder.conv_in.bias"
+    for value in (np.nan, np.inf, 1e300):
+        changed = tensors[name].astype(np.float64)
+        changed[1] = value
+        with pytest.raises(UserError, match=rf"tensor {name} holds 1 values that are NaN"):
+            vae.load_vae(write(tmp_path / "nan", tensors | {name: changed}, config))
+    for key, value in (("scaling_factor", 0), ("scaling_factor", 1e-60),
+                       ("scaling_factor", np.inf), ("shift_factor", np.nan)):  # fmt: skip
+        with pytest.raises(UserError, match=rf"config\.json: {key} \S+; expected a finite number"):
+            vae.load_vae(write(tmp_path / "scale", tensors, config | {key: value}))
+
+
 def test_a_bare_files_bad_tensor_is_named(tmp_path, small):
     """Though it is the shapes that say there what was expected."""
     tensors = state(small)

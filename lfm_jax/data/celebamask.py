@@ -72,12 +72,15 @@ def read_parts(root: Path, number: int) -> UInt8[np.ndarray, "512 512"]:
         found = True
         try:
             with Image.open(file) as image:
+                if image.size != merged.shape:
+                    size = "x".join(map(str, image.size))
+                    raise UserError(f"{file}: {size} pixels; expected 512x512")
                 # Some files are gray, some of a palette: the part is what is not black.
                 on = np.array(image.convert("L")) > 127
-        except OSError as error:
+        except UserError:
+            raise
+        except Exception as error:  # Pillow's plugins raise nearly anything on damaged files
             raise UserError(f"{file}: not a readable image ({error}); expected PNG") from None
-        if on.shape != merged.shape:
-            raise UserError(f"{file}: {on.shape[1]}x{on.shape[0]} pixels; expected 512x512")
         merged[on] = value
     if not found:
         raise UserError(f"{folder}: no part of face {number:05d}; expected {number:05d}_skin.png")

@@ -3,9 +3,10 @@
     ROOT/annotations/instances_{train,val}2017.json      80 things
     ROOT/annotations/stuff_{train,val}2017.json          91 kinds of stuff, and "other" (left out)
 
-As latent flow matching's layouts: objects of at least 1e-5 of the image's area, images of 2 to 30
-objects. Ids are places in the sorted list of category ids, things first; 172 and more of the
-published vocabulary do not occur. Images are found by file name, ``000000000139.jpg``.
+As latent flow matching's layouts: objects of more than 1e-5 of the image's area, and at most 30 of
+them, the largest. It leaves out images of fewer than 2 or of more; here the folder of images says
+which there are. Ids are places in the sorted list of category ids, things first; 172 and more of
+the published vocabulary do not occur. Images are found by file name, ``000000000139.jpg``.
 """
 
 import json
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from lfm_jax.data.source import ImageSource, hashed
-from lfm_jax.errors import UserError
+from lfm_jax.errors import UserError, blaming
 
 MIN_AREA = 1e-5
 _OTHER = "other"
@@ -47,19 +48,24 @@ def open_coco_layouts(
     stuff_file = root / f"stuff_{_SPLITS[split]}.json"
     parts = [things] + ([_read(stuff_file)] if stuff_file.exists() else [])
 
-    names = {c["id"]: c["name"] for part in parts for c in part["categories"]}
-    names = {number: name for number, name in names.items() if name != _OTHER}
-    place = {number: i for i, number in enumerate(sorted(names))}
-    sizes = {
-        image["file_name"]: (image["id"], image["width"], image["height"])
-        for image in things["images"]
-    }
-    objects: dict[int, list] = {}
-    for part in parts:
-        for one in part["annotations"]:
-            if one["category_id"] in place:
-                row = (place[one["category_id"]], *one["bbox"])
-                objects.setdefault(one["image_id"], []).append(row)
+    with blaming(str(root), "COCO's annotations"):
+        names = {c["id"]: str(c["name"]) for part in parts for c in part["categories"]}
+        names = {number: name for number, name in names.items() if name != _OTHER}
+        place = {number: i for i, number in enumerate(sorted(names))}
+        sizes = {
+            image["file_name"]: (image["id"], image["width"], image["height"])
+            for image in things["images"]
+        }
+        for name, (_, width, height) in sizes.items():
+            if not min(width, height) > 0:
+                raise UserError(f"image {name}: {width}x{height} pixels; expected at least 1x1")
+        objects: dict[int, list] = {}
+        for part in parts:
+            for one in part["annotations"]:
+                if one["category_id"] in place:
+                    x, y, width, height = map(float, one["bbox"])
+                    row = (place[one["category_id"]], x, y, width, height)
+                    objects.setdefault(one["image_id"], []).append(row)
 
     files = [PurePosixPath(name).name for name in images.files]
     without = [name for name in files if name not in sizes]
@@ -108,6 +114,6 @@ def _read(path: Path) -> dict[str, Any]:
             content[key]
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; expected COCO's annotations") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: damaged ({error!r}); expected COCO's JSON") from None
     return content

@@ -133,20 +133,36 @@ def read_layouts(
     """
     try:
         entries = json.loads(Path(path).expanduser().read_text())
-        layouts = [np.asarray(entry, np.float64).reshape(-1, 5) for entry in entries]
-    except (OSError, ValueError, TypeError) as error:
+        layouts = [_rows(entry) for entry in entries]
+    except (OSError, ValueError, TypeError, ArithmeticError, RecursionError) as error:
         raise UserError(
             f"{path}: {error}; expected a JSON list of images, each a list of "
             "[class, x0, y0, x1, y1]"
         ) from None
     if not layouts:
         raise UserError(f"{path}: holds no layout")
+    wrong = []
     for i, layout in enumerate(layouts):
-        check_layout(
-            layout[:, 1:], layout[:, 0], num_classes=num_classes, max_objects=max_objects,
-            overlap=overlap, where=f"{path}: image {i}",
-        )  # fmt: skip
+        try:
+            check_layout(
+                layout[:, 1:], layout[:, 0], num_classes=num_classes, max_objects=max_objects,
+                overlap=overlap, where=f"image {i}",
+            )  # fmt: skip
+        except UserError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise UserError(f"{path}: {'; '.join(wrong[:8])} ({len(wrong)} images in all)")
     return fill([(layout[:, 1:], layout[:, 0].astype(int)) for layout in layouts], max_objects)
+
+
+def _rows(entry: Any) -> Float[np.ndarray, "m 5"]:
+    if not isinstance(entry, list):
+        raise TypeError(f"an image is {entry!r}"[:80])
+    for row in entry:
+        # A string or a truth value would be taken for a number below.
+        if not isinstance(row, list) or [type(v) in (int, float) for v in row] != [True] * 5:
+            raise TypeError(f"a box is {row!r}"[:80])
+    return np.asarray(entry, np.float64).reshape(-1, 5)
 
 
 def check_layout(
@@ -159,11 +175,11 @@ def check_layout(
     where: str,
 ) -> None:
     """Refuse what no canvas can hold; every culprit is named (see `read_layouts`)."""
-    wrong = []
+    wrong, fine = [], []
     if len(boxes) > max_objects:
         wrong.append(f"{len(boxes)} boxes, at most {max_objects} accepted")
     for i, (box, label) in enumerate(zip(boxes, classes, strict=True)):
-        if label != int(label) or not 0 <= label < num_classes:
+        if not (0 <= label < num_classes and label == int(label)):
             wrong.append(f"box {i}: class {label:g} is not in 0..{num_classes - 1}")
         x0, y0, x1, y1 = box
         corners = ", ".join(f"{value:g}" for value in box)
@@ -171,11 +187,10 @@ def check_layout(
             wrong.append(f"box {i} ({corners}) is empty, expected x0 < x1 and y0 < y1")
         elif min(x0, y0) < 0 or max(x1, y1) > 1:
             wrong.append(f"box {i} ({corners}) lies out of the canvas, expected 0 to 1")
-    if not overlap and not wrong:
-        for i in range(len(boxes)):
-            for j in range(i):
-                if intersection(boxes[i], boxes[j]) > 1e-9:
-                    wrong.append(f"boxes {j} and {i} overlap")
+        elif not overlap and len(boxes) <= max_objects:
+            crossed = [j for j in fine if intersection(boxes[i], boxes[j]) > 1e-9]
+            wrong += [f"boxes {j} and {i} overlap" for j in crossed]
+            fine.append(i)
     if wrong:
         raise UserError(f"{where}: {'; '.join(wrong)}")
 

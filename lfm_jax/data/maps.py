@@ -15,6 +15,7 @@ same rule reads the map of a sample.
 """
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 
@@ -23,7 +24,7 @@ from jaxtyping import Integer, UInt8
 
 from lfm_jax.data.celebamask import PARTS, read_parts
 from lfm_jax.data.folder import SPLIT_FOLDERS
-from lfm_jax.data.pixels import Preprocess
+from lfm_jax.data.pixels import MAX_PIXELS, Preprocess
 from lfm_jax.data.source import ImageSource, hashed
 from lfm_jax.errors import UserError
 
@@ -103,25 +104,23 @@ def open_maps(
         )
     preprocess = Preprocess(image_size=image_size, channels=1)
     if source == "celebamask":
-        numbers = [int(PurePosixPath(name).stem) for name in images.files]
+        numbers = [_face(name) for name in images.files]
         folder = Path(path).expanduser()
 
         def read_one(i: int) -> np.ndarray:
-            return fit_map(read_parts(folder, numbers[i]), preprocess)
+            return fit_map(read_parts(folder, numbers[i]), preprocess, images.files[i])
 
         return _of_files(source, images, read_one, 1 + len(PARTS), ("background", *PARTS))
     classes = _COUNTS.get(source, num_classes)
-    if not classes:
-        raise UserError("condition.num_classes=0: expected the number of ids of the maps")
+    if not 0 < classes <= 256:
+        raise UserError(
+            f"condition.num_classes={classes}: expected the number of ids of the maps, 1 to 256"
+        )
     root = _split_folder(Path(path).expanduser(), split)
     files = pair_by_name(images.files, root)
 
     def read_one(i: int) -> np.ndarray:
-        ids = read_ids(files[i])
-        if source == "coco_stuff":
-            ids = np.where(ids == _UNLABELLED, 0, ids + 1)
-        check_ids(ids, classes, str(files[i]))
-        return fit_map(ids, preprocess)
+        return read_map(files[i], source, classes, preprocess)
 
     return _of_files(source, images, read_one, classes, ())
 
@@ -144,24 +143,57 @@ def _binomial(x: np.ndarray, axis: int) -> np.ndarray:
     return (first + 2 * middle + last) / 4
 
 
-def read_ids(path: Path) -> Integer[np.ndarray, "h w"]:
-    """The ids of a gray or palette image file.
+def read_map(
+    path: Path, source: str, num_classes: int, preprocess: Preprocess
+) -> UInt8[np.ndarray, "s s"]:
+    """A file's map in this package's ids, as large as images are.
+
+    Args:
+        path: a PNG of ids as the files of `source` have them.
+        source: one of `MAP_SOURCES`.
+        num_classes: of the result.
+        preprocess: of the images.
 
     Raises:
-        UserError: no such file, not an image, or one of colours.
+        UserError: not a map, or an id that is no class, as it stands in the file.
     """
-    from PIL import Image, UnidentifiedImageError
+    ids = read_ids(path)
+    if source == "coco_stuff":
+        check_ids(np.where(ids == _UNLABELLED, 0, ids), num_classes - 1, str(path))
+        ids = np.where(ids == _UNLABELLED, 0, ids + 1)
+    check_ids(ids, num_classes, str(path))
+    return fit_map(ids, preprocess, str(path))
+
+
+def read_ids(path: Path, *, levels: bool = False) -> Integer[np.ndarray, "h w"]:
+    """The ids of a gray or palette image file.
+
+    Args:
+        path: the file.
+        levels: of a palette image the gray levels of its colours, in the place of ids.
+
+    Raises:
+        UserError: no such file, not an image, one of too many pixels, or one of colours.
+    """
+    from PIL import Image
 
     try:
         with Image.open(path) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise UserError(f"{path}: {width}x{height} pixels; at most {MAX_PIXELS} accepted")
             if image.mode not in ("L", "P", "I", "I;16", "1"):
                 raise UserError(
                     f"{path}: mode {image.mode}; expected gray or palette ids, not colours"
                 )
-            return np.array(image).astype(np.int32)
+            picture = image.convert("L") if levels and image.mode == "P" else image
+            return np.array(picture).astype(np.int32)
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (UnidentifiedImageError, OSError) as error:
+    # Pillow's plugins raise nearly anything on damaged files.
+    except Exception as error:
         raise UserError(f"{path}: not a readable image ({error}); expected PNG") from None
 
 
@@ -173,11 +205,22 @@ def check_ids(ids: Integer[np.ndarray, "*s"], num_classes: int, where: str) -> N
         raise UserError(f"{where}: unknown class id {named}; expected 0 to {num_classes - 1}")
 
 
-def fit_map(ids: Integer[np.ndarray, "h w"], preprocess: Preprocess) -> UInt8[np.ndarray, "s s"]:
-    """Ids resized by nearest neighbour and cropped to the square that the image was cropped to."""
+def fit_map(
+    ids: Integer[np.ndarray, "h w"], preprocess: Preprocess, where: str
+) -> UInt8[np.ndarray, "s s"]:
+    """Ids resized by nearest neighbour and cropped to the square that the image was cropped to.
+
+    Raises:
+        UserError: a map so narrow that it would grow beyond all memory; `where` names it.
+    """
     from PIL import Image
 
-    size = preprocess.image_size
+    size, long, short = preprocess.image_size, max(ids.shape), min(ids.shape)
+    if size * size * long > preprocess.max_pixels * short:
+        raise UserError(
+            f"{where}: {ids.shape[1]}x{ids.shape[0]} pixels grow beyond {preprocess.max_pixels} "
+            f"at image_size={size}; expected a less narrow map"
+        )
     picture = Image.fromarray(ids.astype(np.uint8))
     ratio = size / min(picture.size)
     width, height = (round(side * ratio) for side in picture.size)
@@ -189,13 +232,28 @@ def fit_map(ids: Integer[np.ndarray, "h w"], preprocess: Preprocess) -> UInt8[np
 def pair_by_name(names: Sequence[str], folder: Path) -> list[Path]:
     """The file of `folder` (searched whole) for each of `names`, by its stem.
 
+    Where stems repeat, such as in subfolders of classes that count from 0 each, the subfolders have
+    to be the same on both sides.
+
     Raises:
-        UserError: some have no partner on the other side; they are named.
+        UserError: some have no partner on the other side, or two share one; they are named.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; expected one of PNG files")
-    found = {path.stem: path for path in sorted(folder.rglob("*.png"))}
-    wanted = [PurePosixPath(name).stem for name in names]
+    files = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() == ".png"]
+    images = [PurePosixPath(name) for name in names]
+    places = [PurePosixPath(path.relative_to(folder).as_posix()) for path in files]
+    whole = any(len({p.stem for p in side}) < len(side) for side in (images, places))
+    wanted, there = (
+        [str(place.with_suffix("")) if whole else place.stem for place in side]
+        for side in (images, places)
+    )
+    for side, given in ((images, wanted), (places, there)):
+        double, times = Counter(given).most_common(1)[0] if given else ("", 0)
+        if times > 1:
+            both = ", ".join(str(p) for p, name in zip(side, given, strict=True) if name == double)
+            raise UserError(f"{folder}: {both} have one name; expected one image a name")
+    found = dict(zip(there, files, strict=True))
     without = [name for name, stem in zip(names, wanted, strict=True) if stem not in found]
     over = sorted(set(found) - set(wanted))
     if without or over:
@@ -206,6 +264,13 @@ def pair_by_name(names: Sequence[str], folder: Path) -> list[Path]:
             "expected one PNG of the same name for each image"
         )
     return [found[stem] for stem in wanted]
+
+
+def _face(name: str) -> int:
+    stem = PurePosixPath(name).stem
+    if not (stem.isascii() and stem.isdecimal()):
+        raise UserError(f"image {name}: expected a number as CelebAMask-HQ names its faces, 0.jpg")
+    return int(stem)
 
 
 def _split_folder(root: Path, split: str) -> Path:

@@ -3,6 +3,7 @@
 FOLDER/images/a.png     FOLDER/masks/a.png        white: hole, black: known
 """
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -21,19 +22,28 @@ def open_masked(
     """The images of a folder and their masks, brought to one size alike.
 
     Raises:
-        UserError: folders missing or not pairing; masks that are not binary, hide nothing, or are
-            of another size than their image: all of them named.
+        UserError: folders missing or not pairing, an image that cannot be read; masks that cannot
+            be read, are not binary, hide nothing, or are of another size than their image: all of
+            them named.
     """
     folder = Path(path).expanduser()
     for part in ("images", "masks"):
         if not (folder / part).is_dir():
             raise UserError(f"{folder / part}: no such folder; expected images/ and masks/")
     preprocess = Preprocess(image_size=image_size, channels=channels, fit="crop")
-    source = open_folder(str(folder / "images"), split="train", preprocess=preprocess)
+    source, stored = (
+        open_folder(str(folder / "images"), split="train", preprocess=how)
+        for how in (preprocess, dataclasses.replace(preprocess, image_size=0))
+    )
     masks, wrong = [], []
-    for name, file in zip(source.files, pair_by_name(source.files, folder / "masks"), strict=True):
-        values = read_ids(file)
-        size = _size(folder / "images" / name)
+    for i, file in enumerate(pair_by_name(source.files, folder / "masks")):
+        size = stored[i]["image"].shape[:2]
+        try:
+            # Black and white are what is seen, also where a palette counts white as 0.
+            values = read_ids(file, levels=True)
+        except UserError as error:
+            wrong.append(str(error))
+            continue
         other = np.setdiff1d(np.unique(values), (0, 255 if values.max() > 1 else 1))
         if values.shape != size:
             wrong.append(f"{file.name} has {_by(values.shape)} pixels, its image {_by(size)}")
@@ -42,20 +52,16 @@ def open_masked(
         elif not values.any():
             wrong.append(f"{file.name} has no hole")
         else:
-            masks.append(fit_map((values > 0).astype(np.uint8), preprocess) > 0)
+            mask = fit_map((values > 0).astype(np.uint8), preprocess, str(file)) > 0
+            if not mask.any():
+                wrong.append(f"{file.name} has no hole left at {_by(mask.shape)} pixels")
+            masks.append(mask)
     if wrong:
         raise UserError(
             f"{folder / 'masks'}: {'; '.join(wrong[:8])} ({len(wrong)} in all); expected masks of "
             "0 and 255, of their image's size"
         )
     return source, np.stack(masks)
-
-
-def _size(path: Path) -> tuple[int, int]:
-    from PIL import Image
-
-    with Image.open(path) as image:
-        return image.height, image.width
 
 
 def _by(shape: tuple[int, ...]) -> str:

@@ -20,7 +20,7 @@ from lfm_jax.conditions import Inpainting, Layout, Semantic, masks
 from lfm_jax.conditions.pictures import picture
 from lfm_jax.config import to_json
 from lfm_jax.data import open_layouts, open_maps, read_layouts
-from lfm_jax.data.maps import check_ids, fit_map, read_ids
+from lfm_jax.data.maps import read_map
 from lfm_jax.data.mask_files import open_masked
 from lfm_jax.data.pixels import Preprocess
 from lfm_jax.errors import UserError
@@ -222,7 +222,7 @@ def _of_user(config: ConfigDict, codec: Codec) -> Given:
 
         images = taken_from
     elif isinstance(condition, Semantic):
-        arrays = {"map": _user_maps(path, condition)}
+        arrays = {"map": _user_maps(path, condition, config.condition.source)}
     else:
         boxes, classes = read_layouts(
             path,
@@ -242,17 +242,20 @@ def _of_user(config: ConfigDict, codec: Codec) -> Given:
     )
 
 
-def _user_maps(path: str, condition: Semantic) -> np.ndarray:
+def _user_maps(path: str, condition: Semantic, source: str) -> np.ndarray:
     folder = Path(path).expanduser()
     files = sorted(folder.glob("*.png"))
     if not files:
         raise UserError(f"--config.sample.given={path}: expected a folder of PNG maps")
     preprocess = Preprocess(image_size=condition.image_size, channels=1)
-    maps = []
+    maps, wrong = [], []
     for file in files:
-        ids = read_ids(file)
-        check_ids(ids, condition.num_classes, str(file))
-        maps.append(fit_map(ids, preprocess))
+        try:
+            maps.append(read_map(file, source, condition.num_classes, preprocess))
+        except UserError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise UserError(f"{'; '.join(wrong[:8])} ({len(wrong)} in all)")
     return np.stack(maps)
 
 

@@ -81,9 +81,23 @@ def model_from_config(config: Mapping[str, Any], *, source: str) -> nn.Module:
         attention_levels=_attention_levels(config, len(widths), source),
         use_quant_conv=config.get("use_quant_conv", True),
         use_post_quant_conv=config.get("use_post_quant_conv", True),
-        scaling_factor=float(config.get("scaling_factor", 0.18215)),
-        shift_factor=float(config.get("shift_factor") or 0.0),
+        **_scale_from_config(config, 0.18215, source),
     )
+
+
+def _scale_from_config(config: Mapping[str, Any], default: float, source: str) -> dict[str, float]:
+    """Decoding divides by the scale, in float32: zero there is as useless as NaN."""
+    scale = float(config.get("scaling_factor", default))
+    shift = float(config.get("shift_factor") or 0.0)
+    with np.errstate(over="ignore"):
+        usable = np.float32(scale)
+    if not usable or not np.isfinite(usable):
+        raise UserError(
+            f"{source}: scaling_factor {scale:g}; expected a finite number other than 0"
+        )
+    if not np.isfinite(shift):
+        raise UserError(f"{source}: shift_factor {shift:g}; expected a finite number")
+    return {"scaling_factor": scale, "shift_factor": shift}
 
 
 def _attention_levels(config: Mapping[str, Any], levels: int, source: str) -> tuple[int, ...]:
@@ -120,8 +134,7 @@ def _tiny_from_config(config: Mapping[str, Any], source: str) -> AutoencoderTiny
         decoder_widths=tuple(config.get("decoder_block_out_channels", (64,) * 4)),
         encoder_blocks=tuple(config.get("num_encoder_blocks", (1, 3, 3, 3))),
         decoder_blocks=tuple(config.get("num_decoder_blocks", (3, 3, 3, 1))),
-        scaling_factor=float(config.get("scaling_factor", 1.0)),
-        shift_factor=float(config.get("shift_factor") or 0.0),
+        **_scale_from_config(config, 1.0, source),
     )
 
 

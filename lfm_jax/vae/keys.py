@@ -163,7 +163,8 @@ def to_tree(
         source: the file, for messages.
 
     Raises:
-        UserError: a tensor is missing, of another shape, or not part of the model; it is named.
+        UserError: a tensor is missing, of another shape, not part of the model, or holds what is
+            no float32 number; it is named.
     """
     paths = flatten(expected)
     names = {torch_name(path): path for path in paths}
@@ -192,5 +193,13 @@ def to_tree(
         node = tree
         for part in path[:-1]:
             node = node.setdefault(part, {})
-        node[path[-1]] = np.ascontiguousarray(value, np.float32)
+        with np.errstate(over="ignore"):
+            node[path[-1]] = np.ascontiguousarray(value, np.float32)
+        # One NaN makes every image NaN, which would be seen hours later and not here.
+        bad = np.size(value) - int(np.isfinite(node[path[-1]]).sum())
+        if bad:
+            raise UserError(
+                f"{source}: tensor {name} holds {bad} values that are NaN, infinite or beyond "
+                "float32; expected finite ones"
+            )
     return tree
