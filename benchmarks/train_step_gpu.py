@@ -32,7 +32,7 @@ from pathlib import Path
 
 # The parent has a context on the card, and the child before may just be giving its memory back.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")  # also the limit; 0.75 if unset
+os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.92")  # also the limit; 0.75 if unset
 
 import jax
 
@@ -83,7 +83,8 @@ def _guarded(function: Callable[..., dict], *args) -> dict:
     try:
         return function(*args)
     except Exception as error:
-        return {"failed": f"{type(error).__name__}: {str(error).splitlines()[:1]}"[:300]}
+        why = str(error).partition("\n")[0]
+        return {"failed": f"{type(error).__name__}: {why}"[:300]}
 
 
 def middle(found: dict) -> float:
@@ -99,19 +100,23 @@ def best_setting(job: Job, settings: list[str]) -> str:
         print(f"{job.model} {setting}: {said}", flush=True)
         if "failed" not in found:
             rates[setting] = middle(found)
-    if len(settings) > 1 and not rates:
-        raise SystemExit(f"benchmarks.train_step_gpu: {job.model} ran in no setting")
+    # If none ran, the measurement says once more why not.
     return max(rates, key=rates.__getitem__) if rates else settings[0]
 
 
-def measure(job: Job, options: argparse.Namespace, peak: float, show: Callable) -> None:
+def measure(job: Job, options: argparse.Namespace, peak: float, show: Callable) -> bool:
+    """Measure one network and say whether both sides ran."""
     job = replace(job, setting=best_setting(job, options.settings))
     found: dict[str, list[dict]] = {"ours": [], "theirs": []}
     for _ in range(options.turns):
         for name, side in (("ours", ours), ("theirs", theirs))[: 2 if options.peer else 1]:
-            found[name].append(alone(side, job))
-            if "failed" in found[name][-1]:
-                raise SystemExit(f"{job.model}, {name}: {found[name][-1]['failed']}")
+            turn = alone(side, job)
+            if "failed" in turn:
+                print(f"{job.model}, {name}: {turn['failed']}", flush=True)
+            else:
+                found[name].append(turn)
+    if len(found["ours"]) < options.turns:
+        return False
     rate = statistics.median(r for turn in found["ours"] for r in turn["rates"])
     gib = found["ours"][0]["memory"] / 2**30
     note = (
@@ -123,7 +128,8 @@ def measure(job: Job, options: argparse.Namespace, peak: float, show: Callable) 
     told = f"{note}; {AIMS[job.model]}" if job.model in AIMS else note
     show(f"{job.model}: images/s", rate, told)
     show(f"{job.model} train step: MFU", mfu(rate, forward_macs(job.network(), LATENT), peak), told)
-    if options.peer:
+    whole = not options.peer or len(found["theirs"]) == options.turns
+    if options.peer and whole:
         ratios = [middle(a) / middle(b) for a, b in zip(*found.values(), strict=True)]
         peer, gib = found["theirs"][0], found["theirs"][0]["memory"] / 2**30
         note += f"; PyTorch {middle(peer):.1f} images/s, {peer['parts']} part(s), {gib:.0f} GiB"
@@ -135,6 +141,7 @@ def measure(job: Job, options: argparse.Namespace, peak: float, show: Callable) 
         shutil.rmtree(folder, ignore_errors=True)
         failed = alone(profiled, job, str(folder)).get("failed")
         print(failed or table(*kernel_costs(folder, steps=PROFILED)), flush=True)
+    return whole
 
 
 def main() -> None:
@@ -170,9 +177,13 @@ def main() -> None:
         # A setting is compiled once, though tried, measured and profiled by different processes.
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{folder}/programs")
         make_cache(folder, max(options.batch, 64 if options.smoke else 8192))
-        for model in options.models.split(","):
-            job = Job(model, "", options.batch, options.steps, f"{folder}/train", options.smoke)
-            measure(replace(job, setting=options.settings[0]), options, peak_flops(), show)
+        jobs = [
+            Job(name, "", options.batch, options.steps, f"{folder}/train", options.smoke)
+            for name in options.models.split(",")
+        ]
+        ran = [measure(job, options, peak_flops(), show) for job in jobs]
+    if not all(ran):
+        raise SystemExit("benchmarks.train_step_gpu: not everything ran, see above")
 
 
 if __name__ == "__main__":
