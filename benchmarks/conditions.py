@@ -76,9 +76,7 @@ def sampled(
 def inpaint(config: ConfigDict, run: Path, base: Path | None, count: int, command: str) -> None:
     """Each kind of mask: the trained condition, the class mean, replacement."""
     workdir, look, params = _opened(config, run)
-    train = build.images(config, "train")
-    seen = train.batch(np.arange(len(train)))
-    means = figures.class_means(seen["image"], seen["label"], config.data.num_classes)
+    means = figures.class_means(build.images(config, "train"), config.data.num_classes)
     rows = []
     for kind in MASKS:
         made, labels, given = sampled(config, workdir, params, masks=kind, num_samples=count)

@@ -365,6 +365,25 @@ def test_psnr_is_that_of_the_chosen_pixels():
     assert figures.psnr(a, b, ~where) == np.inf
 
 
+def test_class_means_are_read_in_parts_and_never_empty():
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (23, 4, 4, 1)).astype(np.uint8)
+    labels = random.integers(0, 2, 23)  # of three classes the last has no image
+
+    class Source:
+        def __len__(self):
+            return len(images)
+
+        def batch(self, indices):
+            return {"image": images[indices], "label": labels[indices]}
+
+    means = figures.class_means(Source(), 3, batch_size=5)
+    wanted = [images[labels == 0].mean(0), images[labels == 1].mean(0), images.mean(0)]
+    np.testing.assert_array_equal(means, np.round(wanted).astype(np.uint8))
+    alone = figures.class_means(Source(), 0, batch_size=7)
+    np.testing.assert_array_equal(alone[0], np.round(images.mean(0)).astype(np.uint8))
+
+
 def test_mean_iou_is_scikit_learns():
     from sklearn.metrics import jaccard_score
 

@@ -10,8 +10,9 @@ from lfm_jax.conditions import figures
 from lfm_jax.data import open_images, open_layouts, open_maps, read_layouts
 from lfm_jax.data.celebamask import MASKS, PARTS
 from lfm_jax.data.layouts import _digits
-from lfm_jax.data.maps import BACKGROUND_BELOW, EDGE_ABOVE, garment_parts
+from lfm_jax.data.maps import BACKGROUND_BELOW, EDGE_ABOVE, fit_map, garment_parts
 from lfm_jax.data.mask_files import open_masked
+from lfm_jax.data.pixels import Preprocess
 from lfm_jax.errors import UserError
 
 
@@ -341,15 +342,24 @@ def test_every_bad_mask_is_named(tmp_path):
 
 
 def test_a_hole_that_is_lost_on_the_way_is_named(tmp_path):
-    """A stroke of one pixel in a large image, and one beside the square that is cut out."""
+    """One beside the square that is cut out; a stroke of one pixel in a large image stays."""
     mask = np.zeros((64, 128))
     mask[:, 63] = 255
     _save(tmp_path / "images/a.png", mask)
     _save(tmp_path / "images/b.png", mask)
     _save(tmp_path / "masks/a.png", mask)
     _save(tmp_path / "masks/b.png", np.roll(mask, -60, axis=1))
-    with pytest.raises(UserError, match=r"a\.png has no hole left at 8x8 .*b\.png.*2 in all"):
+    with pytest.raises(UserError, match=r"masks: b\.png has no hole left at 8x8 .*1 in all"):
         open_masked(str(tmp_path), image_size=8, channels=1)
+
+
+def test_a_pixel_that_touches_a_hole_is_not_known():
+    """Nearest neighbours would keep pixels whose content is partly the hole's."""
+    mask = np.zeros((32, 32), np.uint8)
+    mask[7:17, 9:16] = 255  # no edge but the right one falls between two pixels of 4x4
+    found = fit_map(mask, Preprocess(image_size=8, channels=1, fit="crop"), "a", touched=True)
+    wanted = mask.reshape(8, 4, 8, 4).max((1, 3)) > 0
+    np.testing.assert_array_equal(found > 0, wanted)
 
 
 def test_a_palettes_white_is_the_hole_whatever_its_number(tmp_path):

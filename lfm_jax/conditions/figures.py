@@ -21,13 +21,25 @@ def psnr(
 
 
 def class_means(
-    images: UInt8[np.ndarray, "n h w c"], labels: Integer[np.ndarray, " n"], num_classes: int
+    source: Any, num_classes: int, *, batch_size: int = 500
 ) -> UInt8[np.ndarray, "k h w c"]:
-    """The mean image of each class (of all images where there are no classes)."""
-    if not num_classes:
-        return images.mean(0, keepdims=True).round().astype(np.uint8)
-    means = [images[labels == k].mean(0) for k in range(num_classes)]
-    return np.stack(means).round().astype(np.uint8)
+    """The mean image of each class; that of all where a class has none, or there are no classes.
+
+    Args:
+        source: ``len`` and ``batch(indices)``, see `lfm_jax.data.ImageSource`.
+        num_classes: k; 0 gives the one mean of all.
+        batch_size: images in memory at a time.
+    """
+    sums, counts = np.float64(0), np.zeros(max(num_classes, 1))
+    for start in range(0, len(source), batch_size):
+        batch = source.batch(np.arange(start, min(start + batch_size, len(source))))
+        labels = batch["label"] if num_classes else np.zeros(len(batch["image"]), np.int64)
+        member = np.eye(len(counts))[labels]
+        sums = sums + np.einsum("nk,n...->k...", member, batch["image"].astype(np.float64))
+        counts += member.sum(0)
+    sums = np.where((counts > 0)[:, None, None, None], sums, np.sum(sums, 0, keepdims=True))
+    counts = np.where(counts > 0, counts, counts.sum())
+    return (sums / counts[:, None, None, None]).round().astype(np.uint8)
 
 
 def confusion(

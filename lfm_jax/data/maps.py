@@ -206,9 +206,12 @@ def check_ids(ids: Integer[np.ndarray, "*s"], num_classes: int, where: str) -> N
 
 
 def fit_map(
-    ids: Integer[np.ndarray, "h w"], preprocess: Preprocess, where: str
+    ids: Integer[np.ndarray, "h w"], preprocess: Preprocess, where: str, *, touched: bool = False
 ) -> UInt8[np.ndarray, "s s"]:
     """Ids resized by nearest neighbour and cropped to the square that the image was cropped to.
+
+    With `touched` a pixel is 1 where it covers anything but 0: for holes, whose content must not
+    be part of a pixel that counts as known.
 
     Raises:
         UserError: a map so narrow that it would grow beyond all memory; `where` names it.
@@ -221,12 +224,14 @@ def fit_map(
             f"{where}: {ids.shape[1]}x{ids.shape[0]} pixels grow beyond {preprocess.max_pixels} "
             f"at image_size={size}; expected a less narrow map"
         )
-    picture = Image.fromarray(ids.astype(np.uint8))
+    picture = Image.fromarray((ids > 0).astype(np.float32) if touched else ids.astype(np.uint8))
     ratio = size / min(picture.size)
     width, height = (round(side * ratio) for side in picture.size)
-    picture = picture.resize((width, height), resample=Image.Resampling.NEAREST)
+    rule = Image.Resampling.BOX if touched else Image.Resampling.NEAREST
+    picture = picture.resize((width, height), resample=rule)
     left, top = (width - size) // 2, (height - size) // 2
-    return np.asarray(picture)[top : top + size, left : left + size]
+    fitted = np.asarray(picture)[top : top + size, left : left + size]
+    return (fitted > 0).astype(np.uint8) if touched else fitted
 
 
 def pair_by_name(names: Sequence[str], folder: Path) -> list[Path]:

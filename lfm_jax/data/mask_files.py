@@ -52,7 +52,7 @@ def open_masked(
         elif not values.any():
             wrong.append(f"{file.name} has no hole")
         else:
-            mask = fit_map((values > 0).astype(np.uint8), preprocess, str(file)) > 0
+            mask = fit_map(values.astype(np.uint8), preprocess, str(file), touched=True) > 0
             if not mask.any():
                 wrong.append(f"{file.name} has no hole left at {_by(mask.shape)} pixels")
             masks.append(mask)

@@ -71,9 +71,7 @@ def _inpainting(
     labels: np.ndarray | None,
 ) -> dict[str, Any]:
     truth, hole = told["image"], told["mask"]
-    train = build.images(config, "train")
-    seen = train.batch(np.arange(len(train)))
-    means = figures.class_means(seen["image"], seen["label"], config.data.num_classes)
+    means = figures.class_means(build.images(config, "train"), config.data.num_classes)
     classes = labels if config.data.num_classes else np.zeros(len(images), np.int32)
     filled = composite(means[classes], truth, hole)
     known = figures.psnr(images, truth, ~hole)
