@@ -51,6 +51,7 @@ def test_help_of_a_job_lists_its_options():
         ((DIGITS, "--config.sample.solver=huen"), ("sample.solver", "did you mean heun?")),
         ((DIGITS, "--config.model.name=DiT-B/3"), ("did you mean DiT-B/", "DiT-XL/2")),
         ((DIGITS, "--config.evaluate.extractor=incepton"), ("did you mean inception?",)),
+        ((DIGITS, "--config.evaluate.lpips=vgg.pth"), ("evaluate.lpips=vgg.pth: no such file",)),
         ((DIGITS, "--nonsense=1"), ("nonsense",)),
         (
             (DIGITS, "--config.data.source=idx", "--config.data.path=/no/such/folder"),

@@ -40,7 +40,7 @@ def judge(config: ConfigDict, workdir: Workdir) -> tuple[Extractor, float | None
     Raises:
         UserError: an unknown name.
     """
-    check_name(config)
+    check_names(config)
     section = config.evaluate
     if section.extractor == "classifier":
         return _classifier(config, workdir)
@@ -51,8 +51,14 @@ def judge(config: ConfigDict, workdir: Workdir) -> tuple[Extractor, float | None
     ), None
 
 
-def check_name(config: ConfigDict) -> None:
-    """Raises a `UserError` where `evaluate.extractor` is not a name that `judge` knows."""
+def check_names(config: ConfigDict) -> None:
+    """Raises a `UserError` where `evaluate.extractor` is not a name that `judge` knows, or a file
+    that only the evaluation reads is not there."""
+    options = config.evaluate
+    parts = (options.lpips or "").split(",")
+    for key, path in (("weights", options.weights), *(("lpips", part) for part in parts)):
+        if path and not epath.Path(path).expanduser().exists():
+            raise UserError(f"--config.evaluate.{key}={path}: no such file")
     name, known = config.evaluate.extractor, ("classifier", "random", *PUBLISHED)
     if name not in known:
         raise UserError(

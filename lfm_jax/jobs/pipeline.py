@@ -38,7 +38,7 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     # A name that a later stage would refuse is refused before an earlier one has run for an hour.
     build.network(config)
     generate.check_solver(config.sample)
-    judge.check_name(config)
+    judge.check_names(config)
     seconds, results = {}, {}
     for name in stages(config):
         job = importlib.import_module(f"lfm_jax.jobs.{name}")
