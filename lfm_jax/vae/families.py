@@ -70,6 +70,7 @@ def model_from_config(config: Mapping[str, Any], *, source: str) -> nn.Module:
     if config.get("latents_mean") is not None:
         logging.warning("%s: latents_mean and latents_std are not applied", source)
     widths = tuple(config.get("block_out_channels", (64,)))
+    scale, shift = _scale_from_config(config, 0.18215, source)
     return AutoencoderKL(
         in_channels=config.get("in_channels", 3),
         out_channels=config.get("out_channels", 3),
@@ -81,12 +82,15 @@ def model_from_config(config: Mapping[str, Any], *, source: str) -> nn.Module:
         attention_levels=_attention_levels(config, len(widths), source),
         use_quant_conv=config.get("use_quant_conv", True),
         use_post_quant_conv=config.get("use_post_quant_conv", True),
-        **_scale_from_config(config, 0.18215, source),
+        scaling_factor=scale,
+        shift_factor=shift,
     )
 
 
-def _scale_from_config(config: Mapping[str, Any], default: float, source: str) -> dict[str, float]:
-    """Decoding divides by the scale, in float32: zero there is as useless as NaN."""
+def _scale_from_config(
+    config: Mapping[str, Any], default: float, source: str
+) -> tuple[float, float]:
+    """Scale and shift. Decoding divides by the scale in float32: 0 is as useless there as NaN."""
     scale = float(config.get("scaling_factor", default))
     shift = float(config.get("shift_factor") or 0.0)
     with np.errstate(over="ignore"):
@@ -97,7 +101,7 @@ def _scale_from_config(config: Mapping[str, Any], default: float, source: str) -
         )
     if not np.isfinite(shift):
         raise UserError(f"{source}: shift_factor {shift:g}; expected a finite number")
-    return {"scaling_factor": scale, "shift_factor": shift}
+    return scale, shift
 
 
 def _attention_levels(config: Mapping[str, Any], levels: int, source: str) -> tuple[int, ...]:
@@ -126,6 +130,7 @@ def _tiny_from_config(config: Mapping[str, Any], source: str) -> AutoencoderTiny
     }.items():
         if config.get(key, accepted) != accepted:
             raise UserError(f"{source}: {key} {config[key]!r}; accepted: {accepted}")
+    scale, shift = _scale_from_config(config, 1.0, source)
     return AutoencoderTiny(
         in_channels=config.get("in_channels", 3),
         out_channels=config.get("out_channels", 3),
@@ -134,7 +139,8 @@ def _tiny_from_config(config: Mapping[str, Any], source: str) -> AutoencoderTiny
         decoder_widths=tuple(config.get("decoder_block_out_channels", (64,) * 4)),
         encoder_blocks=tuple(config.get("num_encoder_blocks", (1, 3, 3, 3))),
         decoder_blocks=tuple(config.get("num_decoder_blocks", (3, 3, 3, 1))),
-        **_scale_from_config(config, 1.0, source),
+        scaling_factor=scale,
+        shift_factor=shift,
     )
 
 
