@@ -47,7 +47,7 @@ ABLATION = {
     "gaussian, random": {"mmd.features": ("random",)},
     "gaussian, raw latents": {"mmd.features": ("raw",)},
     "gaussian, pixels, marginals": {"mmd.joint": 0.0},
-    "gaussian, pixels, batch 64": {"train.batch_size": 64},
+    "gaussian, pixels, batch 256": {"train.batch_size": 256},
     "gaussian, pixels, batch 1024": {"train.batch_size": 1024},
     "gaussian, pixels, adaLN alone": {"mmd.trainable": "adaln"},
     "gaussian, pixels, LoRA": {"mmd.trainable": "lora"},
@@ -83,11 +83,12 @@ class Study:
             config.model[key] = value
         config.init, config.seed = str(self.base), seed
         config.mmd.networks = str(self.out / "networks")
+        usual = config.train.batch_size
         for key, value in (changes or {}).items():
             section, field = key.split(".")
             config[section][field] = value
         if changes and "train.batch_size" in changes:
-            factor = 256 / changes["train.batch_size"]
+            factor = usual / changes["train.batch_size"]
             config.train.steps = round(config.train.steps * factor)
             config.train.warmup_steps = round(config.train.warmup_steps * factor)
             config.mmd.validate_every = max(round(config.mmd.validate_every * factor), 1)

@@ -5,8 +5,8 @@
     ... --config=configs/mmd_fashion_mnist.py:2 --workdir=...      two steps
     ... --config=configs/mmd_fashion_mnist.py:4 --workdir=...      four steps
 
-Two CPU cores: under 5 minutes of finetuning; the first run also trains three small feature networks
-(about a minute each; --config.mmd.networks=FOLDER shares them). What it reaches stands in
+Two CPU cores: about 5 minutes of finetuning; the first run also trains three small feature networks
+and one that judges (about two minutes each; --config.mmd.networks=FOLDER shares them). What it reaches stands in
 docs/results/mmd.json. Sampling defaults to the same N, grid and guidance.
 """
 
@@ -20,15 +20,15 @@ from lfm_jax.experiments import few_step, neighbour, smoke, variants
 def get_config(variant: str = "") -> ConfigDict:
     config = neighbour(__file__, "fashion_mnist.py")
     few_step(config, init="runs/fashion_mnist", num_steps=1)
-    config.train.steps = 136  # as many as a tenth of the base training's FLOPs allows
-    config.train.batch_size = 256
-    config.train.learning_rate = 4e-4
-    config.train.warmup_steps = 10
+    config.train.steps = 544  # as many as a tenth of the base training's FLOPs allows
+    config.train.batch_size = 64  # many small updates went further than few large ones
+    config.train.learning_rate = 2e-4
+    config.train.warmup_steps = 40
     config.train.schedule = "cosine"
     config.train.ema_decay = 0.95
-    config.train.log_every = 10
-    config.train.save_every = 50
-    config.mmd.validate_every = 34
+    config.train.log_every = 20
+    config.train.save_every = 200
+    config.mmd.validate_every = 136
     config.mmd.grid = "0.8,0"
     config.mmd.entries = ("features", "maps", "logits")
     config.mmd.network_seeds = (11, 12, 13)
@@ -46,7 +46,7 @@ def get_config(variant: str = "") -> ConfigDict:
 
 def _steps(config: ConfigDict, *, count: int) -> ConfigDict:
     config.mmd.num_steps = count
-    config.train.steps, config.mmd.validate_every = {2: (80, 40), 4: (42, 21)}[count]
+    config.train.steps, config.mmd.validate_every = {2: (320, 80), 4: (168, 42)}[count]
     config.mmd.grid = {2: "0.9,0.6,0", 4: "0.95,0.75,0.5,0.25,0"}[count]
-    config.train.learning_rate = 2e-4
+    config.train.learning_rate = 1e-4
     return config
