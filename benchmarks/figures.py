@@ -101,17 +101,10 @@ def record(
     return figure["holds"]
 
 
-def keep(
-    topic: str,
-    name: str,
-    value: float | bool,
-    op: str,
-    bound: Any,
-    command: str,
-    note: str = "",
-) -> bool:
-    """`record`, and print it."""
-    held = record(topic, name, value, op, bound, command, note)
+def keep(topic: str, name: str, value: float | bool, op: str, bound: Any, *rest: str) -> bool:
+    """`record`, and print it; `rest` is its command and note."""
+    held = record(topic, name, value, op, bound, *rest)
     shown = value if isinstance(value, int) else f"{value:.6g}"
-    print(f"{'ok ' if held else 'NOT'} {name}: {shown} {op} {bound}  {note}", flush=True)
+    sign, note = "ok " if held else "NOT", "".join(rest[1:])
+    print(f"{sign} {name}: {shown} {op} {bound}  {note}", flush=True)
     return held

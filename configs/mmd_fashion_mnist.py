@@ -6,8 +6,8 @@
     ... --config=configs/mmd_fashion_mnist.py:4 --workdir=...      four steps
 
 Two CPU cores: about 5 minutes of finetuning; the first run also trains three small feature networks
-and one that judges (about two minutes each; --config.mmd.networks=FOLDER shares them). What it reaches stands in
-docs/results/mmd.json. Sampling defaults to the same N, grid and guidance.
+and one that judges (about two minutes each; --config.mmd.networks=FOLDER shares them). What it
+reaches stands in docs/results/mmd.json. Sampling defaults to the same N, grid and guidance.
 """
 
 from functools import partial

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-from jaxtyping import Integer, UInt8
+from jaxtyping import Bool, Integer, UInt8
 
 from lfm_jax.data.celebamask import PARTS, read_parts
 from lfm_jax.data.folder import SPLIT_FOLDERS
@@ -206,32 +206,42 @@ def check_ids(ids: Integer[np.ndarray, "*s"], num_classes: int, where: str) -> N
 
 
 def fit_map(
-    ids: Integer[np.ndarray, "h w"], preprocess: Preprocess, where: str, *, touched: bool = False
+    ids: Integer[np.ndarray, "h w"], preprocess: Preprocess, where: str
 ) -> UInt8[np.ndarray, "s s"]:
     """Ids resized by nearest neighbour and cropped to the square that the image was cropped to.
-
-    With `touched` a pixel is 1 where it covers anything but 0: for holes, whose content must not
-    be part of a pixel that counts as known.
 
     Raises:
         UserError: a map so narrow that it would grow beyond all memory; `where` names it.
     """
+    return _fitted(ids.astype(np.uint8), preprocess, "NEAREST", where)
+
+
+def fit_hole(
+    mask: Integer[np.ndarray, "h w"], preprocess: Preprocess, where: str
+) -> Bool[np.ndarray, "s s"]:
+    """A hole brought to size as by `fit_map`, with every pixel that touches it.
+
+    A pixel that counts as known must not hold a part of what is hidden.
+    """
+    return _fitted((mask > 0).astype(np.float32), preprocess, "BOX", where) > 0
+
+
+def _fitted(values: np.ndarray, preprocess: Preprocess, rule: str, where: str) -> np.ndarray:
+    """Resized by one of Pillow's rules and cropped."""
     from PIL import Image
 
-    size, long, short = preprocess.image_size, max(ids.shape), min(ids.shape)
+    size, long, short = preprocess.image_size, max(values.shape), min(values.shape)
     if size * size * long > preprocess.max_pixels * short:
         raise UserError(
-            f"{where}: {ids.shape[1]}x{ids.shape[0]} pixels grow beyond {preprocess.max_pixels} "
-            f"at image_size={size}; expected a less narrow map"
+            f"{where}: {values.shape[1]}x{values.shape[0]} pixels grow beyond "
+            f"{preprocess.max_pixels} at image_size={size}; expected a less narrow map"
         )
-    picture = Image.fromarray((ids > 0).astype(np.float32) if touched else ids.astype(np.uint8))
+    picture = Image.fromarray(values)
     ratio = size / min(picture.size)
     width, height = (round(side * ratio) for side in picture.size)
-    rule = Image.Resampling.BOX if touched else Image.Resampling.NEAREST
-    picture = picture.resize((width, height), resample=rule)
+    picture = picture.resize((width, height), resample=Image.Resampling[rule])
     left, top = (width - size) // 2, (height - size) // 2
-    fitted = np.asarray(picture)[top : top + size, left : left + size]
-    return (fitted > 0).astype(np.uint8) if touched else fitted
+    return np.asarray(picture)[top : top + size, left : left + size]
 
 
 def pair_by_name(names: Sequence[str], folder: Path) -> list[Path]:

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from lfm_jax.data.folder import open_folder
-from lfm_jax.data.maps import fit_map, pair_by_name, read_ids
+from lfm_jax.data.maps import fit_hole, pair_by_name, read_ids
 from lfm_jax.data.pixels import Preprocess
 from lfm_jax.data.source import ImageSource
 from lfm_jax.errors import UserError
@@ -52,7 +52,7 @@ def open_masked(
         elif not values.any():
             wrong.append(f"{file.name} has no hole")
         else:
-            mask = fit_map(values.astype(np.uint8), preprocess, str(file), touched=True) > 0
+            mask = fit_hole(values, preprocess, str(file))
             if not mask.any():
                 wrong.append(f"{file.name} has no hole left at {_by(mask.shape)} pixels")
             masks.append(mask)
