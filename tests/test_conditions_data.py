@@ -9,8 +9,9 @@ from PIL import Image
 from lfm_jax.conditions import figures
 from lfm_jax.data import open_images, open_layouts, open_maps, read_layouts
 from lfm_jax.data.celebamask import MASKS, PARTS
+from lfm_jax.data.id_files import fit_hole
 from lfm_jax.data.layouts import _digits
-from lfm_jax.data.maps import BACKGROUND_BELOW, EDGE_ABOVE, fit_hole, garment_parts
+from lfm_jax.data.maps import BACKGROUND_BELOW, EDGE_ABOVE, garment_parts
 from lfm_jax.data.mask_files import open_masked
 from lfm_jax.data.pixels import Preprocess
 from lfm_jax.errors import UserError

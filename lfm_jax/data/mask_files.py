@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from lfm_jax.data.folder import open_folder
-from lfm_jax.data.maps import fit_hole, pair_by_name, read_ids
+from lfm_jax.data.id_files import fit_hole, pair_by_name, read_ids
 from lfm_jax.data.pixels import Preprocess
 from lfm_jax.data.source import ImageSource
 from lfm_jax.errors import UserError
