@@ -22,6 +22,7 @@ from benchmarks.mmd_study import (
     CURVE,
     JUDGES,
     MANY,
+    SHORTER,
     STEPS,
     Study,
     base_samples,
@@ -32,21 +33,13 @@ from benchmarks.mmd_study import (
 PARTS = ("sweep", "base", "mmd", "flow", "grid", "ablation", "judge", "report")
 
 
-def base(study: Study, seeds: list[int]) -> None:
+def base(study: Study) -> None:
     """10,000 samples of the base: the best many-step settings, and few steps at their scales."""
     for name, scale in set(sweep(study)["best"].values()):
         base_samples(study, f"many-{name}-w{scale:g}-0", MANY[name], scale, 0, study.count)
     for steps in CURVE:
-        few_base(study, steps, 0)
-    for steps in STEPS:
-        for seed in seeds:
-            few_base(study, steps, seed)
-
-
-def few_base(study: Study, steps: int, seed: int, scale: float = 1.0) -> np.ndarray:
-    """Samples of the base in a few Euler steps, one network call each."""
-    solver = {"solver": "euler", "num_steps": steps}
-    return base_samples(study, f"base-{steps}-{seed}", solver, scale, seed, study.count)
+        solver = {"solver": "euler", "num_steps": steps}
+        base_samples(study, f"base-{steps}-0", solver, 1.0, 0, study.count)
 
 
 def finetuned(study: Study, name: str, config: Any, seed: int, count: int) -> dict[str, Any]:
@@ -96,11 +89,15 @@ def controls(study: Study, kind: str, seeds: list[int]) -> None:
 
 
 def ablation(study: Study, steps: tuple[int, ...] = (1, 4), count: int = 2000) -> None:
-    """One change at a time."""
+    """One change at a time; the number of examples is the same for all."""
     for number in steps:
         for label, changes in ABLATION.items():
-            name = f"ablation-{number}-{label.replace(', ', '_').replace(' ', '-')}"
-            finetuned(study, name, study.mmd_config(number, 0, changes), 0, count)
+            config = study.mmd_config(number, 0, changes)
+            config.train.steps = max(config.train.steps // SHORTER, 1)
+            config.train.warmup_steps //= SHORTER
+            config.mmd.validate_every = 0
+            name = f"ablation-{number}-{label.replace(' ', '-')}"
+            finetuned(study, name, config, 0, count)
 
 
 def judge(study: Study) -> None:
@@ -131,7 +128,7 @@ def main() -> None:
         if part == "sweep":
             sweep(study)
         elif part == "base":
-            base(study, seeds)
+            base(study)
         elif part == "mmd":
             for seed in seeds:
                 for steps in map(int, given.steps.split(",")):

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from lfm_jax import mmd
 from lfm_jax.data import open_images
@@ -124,8 +125,9 @@ def test_a_latent_encoder_learns_classes_and_to_fill_in():
             mmd.train_encoder(read, len(source), objective=objective)
 
 
-def test_an_encoder_survives_its_file(tmp_path):
-    model = mmd.MapEncoder(num_classes=3, width=8, levels=2)
+@pytest.mark.parametrize("plain", [False, True])
+def test_an_encoder_survives_its_file(tmp_path, plain):
+    model = mmd.MapEncoder(num_classes=3, width=8, levels=2, plain=plain)
     x = jax.random.normal(jax.random.key(0), (2, 8, 8, 4))
     params = model.init(jax.random.key(1), x)["params"]
     mmd.save_encoder(tmp_path / "e.safetensors", model, params, seed=4)
@@ -133,6 +135,29 @@ def test_an_encoder_survives_its_file(tmp_path):
     assert found == model and made_of == {"seed": 4}
     for entry, value in model.apply({"params": params}, x).items():
         np.testing.assert_array_equal(found.apply({"params": loaded}, x)[entry], value)
+
+
+@pytest.mark.parametrize("side", [8, 7, 28])
+def test_a_plain_encoder_keeps_the_largest_of_each_square_and_of_an_odd_edge(side):
+    model = mmd.MapEncoder(width=4, levels=1, hidden=8, plain=True)
+    x = jax.random.normal(jax.random.key(0), (2, side, side, 3))
+    params = model.init(jax.random.key(1), x)["params"]
+
+    def convolved(x, name):
+        kernel, bias = params[name]["kernel"], params[name]["bias"]
+        axes = ("NHWC", "HWIO", "NHWC")
+        return (
+            jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=axes) + bias
+        )
+
+    maps = nn.relu(convolved(nn.relu(convolved(x, "stem")), "conv0"))
+    maps = nn.max_pool(convolved(maps, "mix0"), (2, 2), (2, 2), padding="SAME")
+    found = model.apply({"params": params}, x)
+    np.testing.assert_allclose(found["maps"][:, :4], maps.mean((1, 2)), atol=1e-5)
+    np.testing.assert_allclose(found["maps"][:, 4:], maps.std((1, 2)), atol=1e-3)
+    hidden = params["hidden"]
+    flat = nn.relu(maps).reshape(2, -1) @ hidden["kernel"] + hidden["bias"]
+    np.testing.assert_allclose(found["features"], nn.relu(flat), atol=1e-5)
 
 
 def test_deviations_over_space_see_grain_that_the_mean_does_not():

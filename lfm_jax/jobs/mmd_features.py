@@ -31,6 +31,7 @@ _SHAPES = {
     "pixels": (
         {"width": 16, "levels": 3, "stem": 1, "hidden": 128},
         {"width": 24, "levels": 3, "stem": 2, "hidden": 128},
+        {"width": 12, "levels": 3, "stem": 1, "hidden": 128, "plain": True},
     ),
     "latents": ({"width": 64, "levels": 2, "stem": 1, "hidden": 128},),
 }
