@@ -170,6 +170,7 @@ def default_config() -> ConfigDict:
     config.mmd.grid = "uniform"  # a name of flow.GRIDS, or falling times such as "1,0.6,0"
     config.mmd.eta = 0.0  # noise of ddim; 0 is the Euler step
     config.mmd.backprop_steps = 0  # gradients through the last so many steps only; 0: all
+    config.mmd.kept_steps = 1  # last Euler steps whose activations stay in memory, not run again
     config.mmd.guidance = 1.0  # classifier-free, inside the differentiated solve; 1: off
     config.mmd.baked = ()  # scales of guidance in the target instead; several: told to the network
     config.mmd.trainable = "all"  # all | adaln | lora | solver (the time grid and step scales)

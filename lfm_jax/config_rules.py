@@ -100,6 +100,7 @@ RULES: dict[str, Rule] = {
     "mmd.more_steps": (lambda v: all(n >= 1 for n in v), "numbers >= 1"),
     "mmd.eta": _between(0, 1),
     "mmd.backprop_steps": _at_least(0),
+    "mmd.kept_steps": _at_least(1),
     "mmd.guidance": _at_least(0),
     "mmd.baked": (lambda v: all(w >= 1 for w in v), "numbers >= 1"),
     "mmd.trainable": _one_of("all", "adaln", "lora", "solver"),

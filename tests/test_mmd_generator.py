@@ -54,15 +54,17 @@ def by_hand(velocity, x, times, solver):
     return x
 
 
-@pytest.mark.parametrize("solver", ["euler", "heun", "midpoint"])
-def test_value_and_gradient_are_those_of_a_plain_loop(network, solver):
+@pytest.mark.parametrize(
+    ("solver", "kept"), [("euler", 1), ("euler", 2), ("euler", 9), ("heun", 1), ("midpoint", 2)]
+)
+def test_value_and_gradient_are_those_of_a_plain_loop(network, solver, kept):
     make, times = velocity_of(network), make_grid("uniform", 3)
 
     def loss(params, x, solve):
         return jnp.square(solve(make(params), x)).mean()
 
     def ours(velocity, x):
-        return mmd.generate(velocity, x, solver=solver, num_steps=3)[0]
+        return mmd.generate(velocity, x, solver=solver, num_steps=3, kept=kept)[0]
 
     def loop(velocity, x):
         return by_hand(velocity, x, times, solver)
@@ -93,21 +95,22 @@ def test_truncated_gradient_is_that_of_the_last_step_alone(network):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-def test_memory_does_not_grow_with_the_number_of_steps(network):
+def test_memory_does_not_grow_with_the_number_of_steps_unless_they_are_kept(network):
     """At a batch whose activations outweigh the parameters."""
     model, params = network
     x = jnp.zeros((64, 8, 8, 2))
 
-    def loss(params, steps):
+    def loss(params, steps, kept):
         velocity = NetworkVelocity(params=params, model=model, cond=Cond(label=jnp.arange(64) % 3))
-        return jnp.square(mmd.generate(velocity, x, num_steps=steps)[0]).mean()
+        return jnp.square(mmd.generate(velocity, x, num_steps=steps, kept=kept)[0]).mean()
 
-    def peak(steps):
-        gradient = jax.jit(jax.grad(lambda p: loss(p, steps)))
+    def peak(steps, kept=1):
+        gradient = jax.jit(jax.grad(lambda p: loss(p, steps, kept)))
         return gradient.lower(params).compile().memory_analysis().temp_size_in_bytes
 
     parameters = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     assert peak(8) <= 1.15 * peak(1) + 8 * x.nbytes + parameters
+    assert peak(4, kept=4) > 2 * peak(4)
 
 
 def test_ddim_without_noise_is_euler_and_with_noise_is_its_own(network):

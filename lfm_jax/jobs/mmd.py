@@ -89,6 +89,7 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
         eta=options.eta,
         loop_guidance=options.guidance,
         scales=scales,
+        kept=options.kept_steps,
     )
     latent_options = {"scale": codec.scale, "shift": codec.shift, "mirror": section.mirror}
     from_batch = functools.partial(_batch_rows, maps, latent_options, config.data.num_classes)

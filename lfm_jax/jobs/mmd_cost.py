@@ -18,8 +18,8 @@ from lfm_jax.workdir import Workdir
 def update_macs(config: ConfigDict, model: Any, maps: list, latent_shape: tuple) -> int:
     """Multiply-adds of one update by the closed form.
 
-    A differentiated step costs four forward passes (forward, again, and twice backward; the last
-    Euler step three), a step before a truncation one, gradcache one more; a feature network two
+    A differentiated step costs four forward passes (forward, again, and twice backward; the kept
+    Euler steps three), a step before a truncation one, gradcache one more; a feature network two
     (forward, and backward to its input). Validation: one of all of them a sample.
     """
     options = config.mmd
@@ -29,7 +29,8 @@ def update_macs(config: ConfigDict, model: Any, maps: list, latent_shape: tuple)
     passes = []
     for count in steps:
         through = min(options.backprop_steps or count, count)
-        kept = options.solver == "euler"  # the last step is not run again
+        # The last of Euler's steps are not run again.
+        kept = min(options.kept_steps, through) if options.solver == "euler" else 0
         again = (options.chunks > 1) * count
         passes.append(evaluations * (count - through + 4 * through + again) - kept)
     guided = 2 if options.guidance != 1 else 1

@@ -117,6 +117,7 @@ def _mmd_loss(config: ConfigDict, shape: tuple[int, int, int]) -> Loss:
         eta=options.eta,
         loop_guidance=options.guidance,
         backprop=options.backprop_steps,
+        kept=options.kept_steps,
     )
     space = mmd.Space(
         kernel=mmd.Gaussian(bandwidth=float(size) ** 0.5),

@@ -9,7 +9,7 @@ diffusion distillation found, too: Yin et al. 2024, DMD2).
 
 diffrax keeps the N latents of the solve and recomputes a step on the way back, so the activations
 in memory are those of one step whatever N is: four forward passes' worth of work a step, three for
-the last one of Euler's.
+the last one of Euler's, and for as many before it as there is memory for (`kept`).
 """
 
 from collections.abc import Sequence
@@ -64,6 +64,7 @@ def generate(
     keys: Key[Array, " b"] | None = None,
     trained_solver: dict[str, Array] | None = None,
     backprop: int = 0,
+    kept: int = 1,
     differentiable: bool = True,
 ) -> tuple[Float[Array, "b ..."], dict[str, Array]]:
     """Samples of `num_steps` solver steps and the counts of `lfm_jax.flow.sample`.
@@ -78,6 +79,8 @@ def generate(
         keys: of that noise, one a sample.
         trained_solver: see the module; its grid is taken in place of `grid`.
         backprop: gradients flow through the last so many steps only; 0: through all.
+        kept: the last so many Euler steps (at least 1) keep their activations for the way back and
+            are not run again.
         differentiable: False for sampling: no state is kept.
 
     Raises:
@@ -114,14 +117,14 @@ def generate(
         x, _ = solve_fixed(velocity, x, times[: first + 1], chosen)
         x = jax.lax.stop_gradient(x)
     # The last Euler step's activations are wanted at once on the way back: kept, not recomputed.
-    last = steps - 1 if differentiable and solver == "euler" else steps
+    last = max(steps - max(kept, 1), first) if differentiable and solver == "euler" else steps
     if first < last:
         x, _ = solve_fixed(
             velocity, x, times[first : last + 1], chosen, differentiable=differentiable
         )
-    if last < steps:
-        t = jnp.broadcast_to(jnp.asarray(times[-2], x.dtype), x.shape[:1])
-        x = x + (times[-1] - times[-2]) * velocity(x, t)
+    for i in range(last, steps):
+        t = jnp.broadcast_to(jnp.asarray(times[i], x.dtype), x.shape[:1])
+        x = x + (times[i + 1] - times[i]) * velocity(x, t)
     finite = jnp.isfinite(x).all(tuple(range(1, x.ndim)))
     stats = Stats(
         steps=jnp.full(finite.shape, steps, jnp.int32),

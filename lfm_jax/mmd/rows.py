@@ -30,6 +30,7 @@ def row_generator(
     loop_guidance: float | int = 1.0,
     scales: Sequence[float | int] = (1.0,),
     backprop: int = 0,
+    kept: int = 1,
     mask: Any = None,
 ) -> Callable[[Any, dict[str, Array], Key[Array, ""]], tuple[Rows, Array | None]]:
     """``(params, batch, key) -> (rows, labels)`` of as many samples as the batch has positions.
@@ -40,7 +41,7 @@ def row_generator(
         latent_shape: (h, w, c).
         num_classes: 0 generates without labels; else those of the batch (-1: the null class).
         steps: numbers of solver steps, one drawn for each update.
-        solver, grid, eta, backprop: see `lfm_jax.mmd.generate`.
+        solver, grid, eta, backprop, kept: see `lfm_jax.mmd.generate`.
         loop_guidance: classifier-free guidance inside the solve, differentiated through.
         scales: guidance scales that the network is told of, drawn as the loss draws them.
         mask: what trains (`trained_mask`); None: everything.
@@ -81,6 +82,7 @@ def row_generator(
                 keys=streams[1],
                 trained_solver=trained,
                 backprop=backprop,
+                kept=kept,
             )[0]
 
         if len(steps) == 1:
