@@ -136,7 +136,8 @@ def test_a_trained_grid_is_what_is_sampled(config, tmp_path):
     assert np.isfinite(moved).all()
 
 
-def test_collapse_ends_the_run_and_keeps_the_last_good_snapshot(config, tmp_path):
+def monitored(config, tmp_path):
+    """A monitor of Gaussians that should have width 1, and the state of a given width."""
     judge = mmd_features.Judge(
         map=mmd.RawLatents(),
         labels=np.zeros(250, np.int32),
@@ -158,12 +159,26 @@ def test_collapse_ends_the_run_and_keeps_the_last_good_snapshot(config, tmp_path
             step=jnp.int32(0), params={"w": jnp.float32(width)}, opt_state=(), ema=None
         )
 
+    return monitor, state
+
+
+def test_collapse_ends_the_run_and_keeps_the_last_good_snapshot(config, tmp_path):
+    monitor, state = monitored(config, tmp_path)
     for step, width in ((0, 2.0), (10, 1.5), (20, 1.2)):
         monitor(state(width), step)
     with pytest.raises(FloatingPointError, match=r"collapse at step 30.*snapshot of step 20"):
         monitor(state(0.05), 30)
     kept = checkpoints.load_params(tmp_path / "checkpoints")
     np.testing.assert_allclose(kept["w"], 1.2)
+
+
+def test_of_equal_snapshots_the_latest_is_kept(config, tmp_path):
+    monitor, state = monitored(config, tmp_path)
+    for step, width, newest in ((0, 2.0, None), (10, 1.5, 10), (20, 1.503, 20), (30, 1.6, 20)):
+        monitor(state(width), step)
+        assert checkpoints.latest_step(Workdir(epath.Path(tmp_path)).checkpoints) == newest
+    scores = [entry["score"] for entry in monitor.history]
+    assert scores[1] < scores[2] < 1.05 * scores[1] < scores[3]
 
 
 def test_bad_input_is_one_line(config, base, tmp_path):

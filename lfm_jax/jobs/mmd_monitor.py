@@ -17,9 +17,14 @@ from lfm_jax.state import TrainState
 from lfm_jax.workdir import Workdir
 from lfm_jax.writers import write_json
 
+# Scores of some hundred samples are no surer than this.
+_NOISE = 0.05
+
 
 class Monitor:
     """Scores the averaged weights on validation features and keeps the best snapshot.
+
+    Of equals within the scores' noise the latest is kept: it has been trained longest.
 
     Called as ``monitor(state, step)``; the noises are the same every time. The score is the Frechet
     distance of the judge's features to real ones, averaged over the numbers of steps in the
@@ -75,7 +80,7 @@ class Monitor:
                 f"the snapshot of step {checkpoints.latest_step(self.workdir.checkpoints)} is kept"
             )
         # Step 0 is the base itself: a score to beat, not a snapshot.
-        if keep or (step and entry["score"] <= best):
+        if keep or (step and entry["score"] <= (1 + _NOISE) * best):
             self._save(params, step)
         # After the snapshot: a run that is killed between the two measures this step again.
         if sharding.is_main_process():
