@@ -27,7 +27,7 @@ FEATURES = ("pixels", "latents", "tokens", "raw", "random", *PUBLISHED)
 _VALIDATION_SEED = 97  # of the network that chooses the snapshot: none of those trained on
 # The seeds take turns at these: what one shape is blind to (a stem of stride 2 is, to grain), the
 # other sees.
-_SHAPES = {
+SHAPES = {
     "pixels": (
         {"width": 16, "levels": 3, "stem": 1, "hidden": 128},
         {"width": 24, "levels": 3, "stem": 2, "hidden": 128},
@@ -77,7 +77,7 @@ def feature_maps(
     train = functools.partial(_network, config, workdir, codec, cache)
     for name in options.features:
         if name in ("pixels", "latents"):
-            shapes = _SHAPES[name]
+            shapes = SHAPES[name]
             for i, seed in enumerate(options.network_seeds):
                 sizes = shapes[i % len(shapes)]
                 network, weights, notes[f"{name}-{seed}"] = train(name, seed, sizes)
@@ -186,7 +186,7 @@ def _judge(config, codec, cache, train, notes) -> Judge:
     name = "pixels" if {"pixels", *PUBLISHED} & set(config.mmd.features) else "latents"
     if name == "pixels" and not _has_images(config):
         name = "latents"
-    base = _SHAPES[name][0]
+    base = SHAPES[name][0]
     sizes = {**base, "width": base["width"] - 4, "hidden": 96}
     network, weights, notes[f"validation {name}"] = train(name, _VALIDATION_SEED, sizes)
     feature_map = _trained_map(config, codec, name, _VALIDATION_SEED, network, weights)
