@@ -17,8 +17,8 @@ from lfm_jax.state import TrainState
 from lfm_jax.workdir import Workdir
 from lfm_jax.writers import write_json
 
-# Scores of some hundred samples are no surer than this.
-_NOISE = 0.05
+# What one network makes of some hundred samples tells no more than this about another's view.
+_NOISE = 0.1
 
 
 class Monitor:
