@@ -89,6 +89,7 @@ CLAIMS = (
             Test("mmd", "FD at N="),
             Test("mmd", "conditional accuracy at N="),
             Test("mmd", "finetuning at N=", decides=False),
+            Test("mmd", "bias at N=", decides=False),
             Test("mmd", "2-D toy", decides=False),
         ),
     ),

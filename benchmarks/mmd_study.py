@@ -32,7 +32,8 @@ JUDGES = ("classifier", "effnet", "trained")
 HELD_OUT = ("classifier", "effnet")
 SWEPT = 500
 BOUNDS = {1: 1.25, 2: 1.0, 4: 0.8}
-# One change at a time of what the configs say, at N = 1 and 4, a quarter of their updates each.
+# One change at a time of what the configs say, with a quarter of their updates: all of them at one
+# step, those of `ALSO_AT_4` at four steps too.
 _MEDIAN = {"mmd.joint": 4.0}  # a bounded kernel tells classes apart from a few bandwidths on
 ABLATION = {
     "as configured": {},
@@ -54,6 +55,17 @@ ABLATION = {
     "adaLN alone": {"mmd.trainable": "adaln"},
     "LoRA": {"mmd.trainable": "lora"},
 }
+ALSO_AT_4 = (
+    "as configured",
+    "cubic",
+    "gaussian",
+    "one network",
+    "hidden layers alone",
+    "latent encoders",
+    "backbone tokens",
+    "raw latents",
+    "batch 128",
+)
 SHORTER = 4
 
 

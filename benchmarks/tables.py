@@ -11,6 +11,7 @@ A table stands between one of these lines and ``<!-- end of table -->``:
     <!-- claims -->                      the claims of the papers with their verdicts
     <!-- claim: letter -->               the figures of one of them
     <!-- estimates -->                   hours and bytes of the large recipes, by the closed form
+    <!-- ablation -->                    one change at a time of the MMD finetuning
 """
 
 import json
@@ -25,7 +26,7 @@ from benchmarks.figures import RESULTS, TOPICS
 
 ROOT = RESULTS.parent.parent
 _BLOCK = re.compile(
-    r"(<!-- (table|some|picture|claims|claim|estimates)(?:: ([^>]+))? -->\n)"
+    r"(<!-- (table|some|picture|claims|claim|estimates|ablation)(?:: ([^>]+))? -->\n)"
     r".*?(<!-- end of table -->)",
     re.DOTALL,
 )
@@ -123,6 +124,26 @@ def claim(letter: str) -> str:
     return "\n".join([*lines, ""])
 
 
+def ablation() -> str:
+    """Distances and accuracy after a shorter finetuning that differs in one thing."""
+    path = RESULTS / "mmd" / "study.json"
+    found = json.loads(path.read_text())["ablation"] if path.exists() else []
+    if not found:
+        return "\nNot measured yet.\n"
+    lines = [
+        "",
+        "| N | change | FD, classifier | accuracy | FD, EffNet-Lite0 | FD, trained on |",
+        "|---|---|---|---|---|---|",
+    ]
+    for each in found:
+        cells = [
+            "" if each[key] is None else number(each[key])
+            for key in ("classifier", "accuracy", "effnet", "trained")
+        ]
+        lines.append(f"| {each['N']} | {each['change']} | {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
 def updated(text: str) -> str:
     """The page with every table made anew."""
 
@@ -135,6 +156,7 @@ def updated(text: str) -> str:
             "claims": lambda: "\n".join(["", *claims.summary(), ""]),
             "claim": lambda: claim(what),
             "estimates": lambda: "\n".join(["", *estimates.table(), ""]),
+            "ablation": ablation,
         }[kind]()
         return line + content + end
 

@@ -95,3 +95,21 @@ def test_a_picture_appears_once_it_is_there(tmp_path, monkeypatch):
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "one.png").touch()
     assert "![what it shows](pictures/one.png)" in tables.updated(page)
+
+
+def test_the_ablation_shows_every_row_and_leaves_gaps(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    page = "<!-- ablation -->\n<!-- end of table -->\n"
+    assert "Not measured yet." in tables.updated(page)
+    rows = [
+        {"N": 1, "change": "as configured", "classifier": 1.5, "accuracy": 0.9, "effnet": 45.25,
+         "trained": 0.5},
+        {"N": 4, "change": "cubic", "classifier": 2.0, "accuracy": 0.8, "effnet": None,
+         "trained": 0.75},
+    ]  # fmt: skip
+    (tmp_path / "mmd").mkdir()
+    (tmp_path / "mmd" / "study.json").write_text(json.dumps({"ablation": rows}))
+    new = tables.updated(page)
+    assert "| 1 | as configured | 1.5 | 0.9 | 45.2 | 0.5 |" in new
+    assert "| 4 | cubic | 2 | 0.8 |  | 0.75 |" in new
+    assert tables.updated(new) == new
