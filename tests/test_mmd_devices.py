@@ -10,11 +10,12 @@ PROGRAM = """
 import sys
 import jax, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from lfm_jax.mmd import Gaussian, Polynomial, mixture, mmd2
+from lfm_jax.mmd import Gaussian, Polynomial, mixture, mmd2, within
 
 draw = np.random.default_rng(0)
 x, y = (draw.normal(size=(n, 6)).astype(np.float32) for n in (16, 24))
 weight = draw.normal(size=(6, 6)).astype(np.float32)
+labels = np.arange(16) % 4
 kernel = mixture([Gaussian(bandwidth=2.0), Polynomial()])
 result = {}
 for devices in (1, 2, 8):
@@ -23,10 +24,11 @@ for devices in (1, 2, 8):
     for block in (0, 5):
 
         @jax.jit
-        def value(weight, x, y):
-            return mmd2(x @ weight, y, kernel, block=block)
+        def value(weight, x, y, labels):
+            dealt = within(x @ weight, kernel, block=block, strata=labels, num_strata=4)
+            return mmd2(x @ weight, y, kernel, block=block) + dealt
 
-        found = jax.value_and_grad(value)(weight, *jax.device_put((x, y), placement))
+        found = jax.value_and_grad(value)(weight, *jax.device_put((x, y, labels), placement))
         result[f"value_{devices}_{block}"], result[f"gradient_{devices}_{block}"] = found
 np.savez(sys.argv[1], **result)
 """

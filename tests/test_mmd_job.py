@@ -61,7 +61,8 @@ def test_a_finetuned_checkpoint_is_sampled_by_its_own_steps_and_exported(config,
     assert found["num_steps"] == 2 and found["snapshot_step"] in (2, 4)
     assert [entry["step"] for entry in found["validation"]] == [0, 2, 4]
     scores = {entry["step"]: entry["score"] for entry in found["validation"][1:]}
-    assert found["snapshot_step"] == min(scores, key=scores.get)
+    alike = [step for step, score in scores.items() if score <= 1.1 * min(scores.values())]
+    assert found["snapshot_step"] == max(alike)
     assert found["share_of_base_flops"] > 0
     sampled = run_job("sample", config, str(tmp_path))
     assert sampled["nfe"] == 2 and sampled["guidance"] == 1
@@ -200,6 +201,7 @@ def test_bad_input_is_one_line(config, base, tmp_path):
     fails(r"hidden=64.*weights of", model__hidden=64)
     fails(r"num_steps=0: expected a number >= 1", run=False, mmd__num_steps=0)
     fails("the unbiased estimator needs pairs", run=False, train__batch_size=1)
+    fails("groups=3: expected at most 2,", run=False, mmd__groups=3, train__batch_size=4)
     fails("expected some of pixels, latents", mmd__features=("best",))
     fails("backprop_steps=3: expected at most", run=False, mmd__backprop_steps=3)
     fails("chunks=5", run=False, mmd__chunks=5)

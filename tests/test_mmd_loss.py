@@ -196,6 +196,51 @@ def test_groups_relabel_the_generated_side():
     assert sorted(counts) == [0, 6, 6]
 
 
+def test_pairs_of_dealt_classes_count_as_in_free_draws():
+    """For a linear kernel E k(x, x') of rows at their class means is k of the mean and itself."""
+    means = rows(3, seed=3)
+    kernel = mmd.make_kernel("linear")
+    mean = means.mean(0, keepdims=True)
+    wanted = float(kernel(mean, mean)[0, 0])
+    labels = jnp.array([4, 7, 9])[jnp.array([1, 0, 2, 2, 1, 0])]
+    x = means[jnp.array([1, 0, 2, 2, 1, 0])]
+
+    def found(block=0, **options):
+        return jax.jit(lambda x: mmd.within(x, kernel, block=block, **options))(x)
+
+    assert found(strata=labels, num_strata=3) == pytest.approx(wanted, rel=1e-5)
+    assert found(strata=labels, num_strata=3, block=4) == pytest.approx(wanted, rel=1e-5)
+    assert found() != pytest.approx(wanted, rel=1e-2)
+    one = {"strata": jnp.full(6, 5), "num_strata": 1}
+    assert found(**one) == pytest.approx(float(found()), rel=1e-5)
+
+
+def test_groups_keep_the_spread_of_a_class():
+    """Classes of standard deviation 1: two samples a class are as wide as 128 free draws."""
+    draw = np.random.default_rng(0)
+    labels = np.arange(1200) % 4
+    real = (draw.normal(size=(1200, 1)) + labels[:, None]).astype(np.float32)
+    data = mmd.make_bank({"a": real}, labels, num_classes=4)
+    space = mmd.make_space(data.rows["a"], kernel="energy", joint=16.0, num_classes=4)
+
+    def generator(params, batch, key):
+        keys = jax.vmap(lambda p: jax.random.fold_in(key, p))(batch["position"])
+        z = jax.vmap(lambda k: jax.random.normal(k, (1,)))(keys)
+        return {"a": params * z + batch["label"][:, None]}, batch["label"]
+
+    loss = mmd.mmd_loss(generator, {"a": space}, bank=data, bank_rows=1200, groups=4)
+
+    @jax.jit
+    def slope(width):
+        def one(start):
+            batch = {"position": start + jnp.arange(8, dtype=jnp.uint32), "label": jnp.zeros(8)}
+            return jax.grad(lambda w: loss(w, batch, KEY)[0])(width)
+
+        return jax.vmap(one)(8 * jnp.arange(4000, dtype=jnp.uint32)).mean()
+
+    assert slope(0.9) < -0.005 and slope(1.1) > 0.005
+
+
 def test_nystrom_and_the_mean_stand_for_all_real_rows():
     y, x = rows(600, dim=3), rows(50, dim=3, seed=1, shift=0.5)
     kernel = mmd.Gaussian(bandwidth=2.0)
@@ -232,6 +277,12 @@ def test_two_euler_steps_of_a_curved_flow_recover_the_target():
     ("call", "words"),
     [
         (lambda: mmd.mmd_loss(linear_generator, spaces(), groups=2), "feature bank"),
+        (
+            lambda: mmd.mmd_loss(linear_generator, spaces(), bank=bank(), groups=3)(
+                PARAMS, batch_of(5), KEY
+            ),
+            "at most 2, so that two",
+        ),
         (lambda: mmd.mmd_loss(linear_generator, spaces(), guidance=(0.5,)), "at least 1"),
         (
             lambda: mmd.mmd_loss(linear_generator, spaces(), bank=bank(), chunks=5)(

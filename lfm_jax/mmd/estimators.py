@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Integer
 
 from lfm_jax.errors import UserError
 from lfm_jax.mmd.kernels import Kernel
@@ -78,19 +78,45 @@ def check_counts(estimator: str, generated: int, real: int) -> None:
 
 
 def within(
-    x: Float[Array, "m d"], kernel: Kernel, *, estimator: str = "unbiased", block: int = 0
+    x: Float[Array, "m d"],
+    kernel: Kernel,
+    *,
+    estimator: str = "unbiased",
+    block: int = 0,
+    strata: Integer[Array, " m"] | None = None,
+    num_strata: int = 0,
 ) -> Float[Array, ""]:
-    """``E k(x, x')`` over the pairs of one set; without its diagonal where unbiased."""
+    """``E k(x, x')`` over the pairs of one set; without its diagonal where unbiased.
+
+    Args:
+        x, kernel, estimator, block: as for `mmd2`.
+        strata: the rows' classes, where these were dealt out in equal numbers and not drawn. Of
+            `num_strata` classes two rows drawn freely share one with probability ``1/num_strata``,
+            two of m rows dealt out only with ``(m/num_strata - 1)/(m - 1)``. Unbiased, pairs of one
+            class and of two are then averaged apart and weighted as in free draws; with the
+            diagonal, as in the biased estimator, the shares are right already.
+        num_strata: classes that were dealt out.
+    """
     count = len(x)
     if estimator == "biased":
         return mean_pairs(x, x, kernel, block=block)
+    pairs = count * (count - 1)
+    alike = unlike = 1.0
+    if strata is not None:
+        sizes = jnp.unique(strata, return_counts=True, size=num_strata)[1]
+        same = jnp.square(sizes).sum() - count
+        alike = pairs / num_strata / same
+        unlike = pairs * (1 - 1 / num_strata) / jnp.maximum(pairs - same, 1)
 
     def off_diagonal(rows: Array, index: Array) -> Array:
         # By global index: right wherever the rows lie.
         itself = index[:, None] == jnp.arange(count)[None]
-        return jnp.where(itself, 0.0, kernel(rows, x)).sum(1)
+        values = jnp.where(itself, 0.0, kernel(rows, x))
+        if strata is not None:
+            values *= jnp.where(strata[index][:, None] == strata[None], alike, unlike)
+        return values.sum(1)
 
-    return _sum_over_rows(off_diagonal, x, block) / (count * (count - 1))
+    return _sum_over_rows(off_diagonal, x, block) / pairs
 
 
 def mean_pairs(

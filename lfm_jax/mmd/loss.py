@@ -114,6 +114,7 @@ def discrepancy(
     block: int = 0,
     negatives: float | int | Float[Array, ""] = 0.0,
     self_normalise: bool = False,
+    dealt: int = 0,
 ) -> tuple[Float[Array, ""], Metrics]:
     """The weighted sum over spaces, up to the real side's own constant, and its parts.
 
@@ -122,6 +123,8 @@ def discrepancy(
         labels, real_labels: of the rows.
         negatives: g, see the module.
         self_normalise: divide every term by its own size, so that all pull alike.
+        dealt: so many classes were dealt out to the generated rows in equal numbers (`within`'s
+            strata); 0: their labels were drawn.
 
     Returns:
         The loss; ``mmd2/<space>`` with the real side's term where it is cheap (not more than twice
@@ -152,7 +155,15 @@ def discrepancy(
                     anyone = space.rows(real[name], real_labels[_scattered(len(y))])
                 away = mean_pairs(x, anyone, space.kernel, block=block)
                 pull = (pull - negatives * away) / (1 - negatives)
-        value = within(x, space.kernel, estimator=estimator, block=block) - 2 * pull
+        own = within(
+            x,
+            space.kernel,
+            estimator=estimator,
+            block=block,
+            strata=labels if dealt else None,
+            num_strata=dealt,
+        )
+        value = own - 2 * pull
         if constant is not None:
             metrics[f"mmd2/{name}"] = value + constant
         if self_normalise:
@@ -227,6 +238,11 @@ def mmd_loss(
         batch = {**batch, "draws": jnp.broadcast_to(draws, (count, 2))}
         if groups:
             assert bank is not None  # checked above
+            if count < 2 * groups:
+                raise UserError(
+                    f"groups: {groups} classes in a batch of {count}; expected at most "
+                    f"{count // 2}, so that two samples of a class can be compared"
+                )
             classes = _classes(first, bank, groups)
             batch["label"] = classes[jnp.arange(count) * groups // count]
         return batch, first
@@ -249,6 +265,7 @@ def mmd_loss(
             block=block,
             negatives=0.0 if tuple(guidance) == (1.0,) else choose(shares, batch["draws"][0, 1]),
             self_normalise=self_normalise,
+            dealt=groups,
         )
 
     def loss(params, batch, key):
