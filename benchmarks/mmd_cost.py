@@ -99,7 +99,7 @@ def speed(batch: int = 32, repeats: int = 5) -> None:
     )
     for steps in (1, 2, 4):
         rows = mmd.row_generator(model, maps, shape, num_classes=10, steps=(steps,), kept=steps)
-        loss = mmd.mmd_loss(rows, spaces, bank=bank, bank_rows=4096)
+        loss = mmd.mmd_loss(rows, spaces, bank=bank, bank_rows=4096, groups=8)
         update = _timer(model, loss, shape, example)
         ratios = [update() / plain() for _ in range(repeats)]
         predicted = (3 * steps * forward + 2 * features) / (3 * forward)
