@@ -81,8 +81,8 @@ def distances(
             f"{', '.join(f'{value:.3f}' for value in tuned)} ({mean:.3f} +- {np.std(tuned):.3f} "
             f"over {len(tuned)} seeds); un-tuned {_show(beside['base'])}; "
             + "".join(f"{words} {_show(beside[kind])}; " for kind, words in CONTROLS.items())
-            + f"floor {floor['floor']:.3f}, reconstructions {floor['reconstruction']:.3f}; "
-            f"{study.count} samples"
+            + f"floor {floor['floor']:.3f}, reconstructions {floor['reconstruction']:.3f}, "
+            f"{floor['reconstruction'] / many:.3f} of the 50 steps; {study.count} samples"
         )
         name = f"FD at N={steps} over the 50-step figure, {judge}"
         record("mmd", name, mean / many, "<=", BOUNDS[steps], study.command, note)
@@ -191,6 +191,8 @@ def plot(study: Study, floors: dict, seeds: list[int]) -> None:
         axis.axhline(floors[name]["reconstruction"], color="gray", ls="--", label="reconstructions")
         axis.axhline(floors[name]["floor"], color="gray", ls=":", label="real train images")
         axis.set(xlabel="network calls a sample", ylabel=f"FD, {study.count} samples", title=name)
+        axis.set_xticks([*CURVE, 32, 64], labels=[str(n) for n in (*CURVE, 32, 64)], minor=False)
+        axis.set_xticks([], minor=True)
         axis.legend(fontsize=7)
     path = RESULTS / "mmd" / "fd_nfe.png"
     path.parent.mkdir(parents=True, exist_ok=True)
