@@ -18,14 +18,15 @@ import numpy as np
 
 from benchmarks.mmd_report import report
 from benchmarks.mmd_study import (
+    ABLATED,
     ABLATION,
-    ALSO_AT_4,
     CURVE,
     JUDGES,
     MANY,
     SHORTER,
     STEPS,
     Study,
+    ablation_name,
     base_samples,
     seconds_of,
     sweep,
@@ -92,13 +93,12 @@ def controls(study: Study, kind: str, seeds: list[int]) -> None:
 def ablation(study: Study, steps: list[int], count: int = 2000) -> None:
     """One change at a time, at N = 1 and 4; the number of examples is the same for all."""
     for number in steps:
-        for label in {1: tuple(ABLATION), 4: ALSO_AT_4}.get(number, ()):
+        for label in ABLATED.get(number, ()):
             config = study.mmd_config(number, 0, ABLATION[label])
             config.train.steps = max(config.train.steps // SHORTER, 1)
             config.train.warmup_steps //= SHORTER
             config.mmd.validate_every = 0
-            name = f"ablation-{number}-{label.replace(' ', '-')}"
-            finetuned(study, name, config, 0, count)
+            finetuned(study, ablation_name(number, label), config, 0, count)
 
 
 def judge(study: Study) -> None:

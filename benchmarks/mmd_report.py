@@ -7,14 +7,14 @@ import numpy as np
 
 from benchmarks.figures import RESULTS, record
 from benchmarks.mmd_study import (
-    ABLATION,
-    ALSO_AT_4,
+    ABLATED,
     BOUNDS,
     CURVE,
     HELD_OUT,
     JUDGES,
     STEPS,
     Study,
+    ablation_name,
     seconds_of,
     sweep,
 )
@@ -32,10 +32,11 @@ def report(study: Study, seeds: list[int]) -> None:
     """Figures from the units that exist; what is missing is left out."""
     floors = study.floors()
     best = {j: f"many-{n}-w{w:g}-0" for j, (n, w) in sweep(study)["best"].items()}
+    digest = checkpoints.fingerprint(origin.initial_params(str(study.base)))[:16]
     rows = [
         row
         for judge in HELD_OUT
-        for row in distances(study, judge, best[judge], floors[judge], seeds)
+        for row in distances(study, judge, digest, best[judge], floors[judge], seeds)
     ]
     accuracies(study, best["classifier"], seeds)
     for steps in STEPS:
@@ -63,10 +64,9 @@ def over_seeds(
 
 
 def distances(
-    study: Study, judge: str, best: str, floor: dict[str, float], seeds: list[int]
+    study: Study, judge: str, digest: str, best: str, floor: dict[str, float], seeds: list[int]
 ) -> list[dict[str, Any]]:
     """Figures of one judge: against 50 steps, against the un-tuned sampler and the controls."""
-    digest = checkpoints.fingerprint(origin.initial_params(str(study.base)))[:16]
     many, rows = read(study, best, judge), []
     if many is None:
         return rows
@@ -87,8 +87,8 @@ def distances(
         name = f"FD at N={steps} over the 50-step figure, {judge}"
         record("mmd", name, mean / many, "<=", BOUNDS[steps], study.command, note)
         if beside["base"] is not None:
-            name, bound = f"FD at N={steps} over the un-tuned N={steps}, {judge}", 0.2
-            op, bound = ("<=", bound) if steps == 1 else ("<", 1.0)
+            name = f"FD at N={steps} over the un-tuned N={steps}, {judge}"
+            op, bound = ("<=", 0.2) if steps == 1 else ("<", 1.0)
             record("mmd", name, mean / beside["base"], op, bound, study.command, note)
         for kind, words in CONTROLS.items():
             if beside[kind] is not None:
@@ -156,9 +156,9 @@ def bias(study: Study, seeds: list[int]) -> None:
 def ablation_table(study: Study) -> list[dict[str, Any]]:
     """Rows of the ablation, with the distance on features that were trained on beside."""
     rows = []
-    for steps, labels in ((1, tuple(ABLATION)), (4, ALSO_AT_4)):
+    for steps, labels in ABLATED.items():
         for label in labels:
-            name = f"ablation-{steps}-{label.replace(' ', '-')}"
+            name = ablation_name(steps, label)
             row = {judge: read(study, name, judge) for judge in JUDGES}
             if row["classifier"] is not None:
                 row["accuracy"] = read(study, name, "classifier", "accuracy")

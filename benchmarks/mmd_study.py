@@ -32,8 +32,7 @@ JUDGES = ("classifier", "effnet", "trained")
 HELD_OUT = ("classifier", "effnet")
 SWEPT = 500
 BOUNDS = {1: 1.25, 2: 1.0, 4: 0.8}
-# One change at a time of what the configs say, with a quarter of their updates: all of them at one
-# step, those of `ALSO_AT_4` at four steps too.
+# One change at a time of what the configs say, with a quarter of their updates.
 _MEDIAN = {"mmd.joint": 4.0}  # a bounded kernel tells classes apart from a few bandwidths on
 ABLATION = {
     "as configured": {},
@@ -56,18 +55,21 @@ ABLATION = {
     "adaLN alone": {"mmd.trainable": "adaln"},
     "LoRA": {"mmd.trainable": "lora"},
 }
-ALSO_AT_4 = (
-    "as configured",
-    "cubic",
-    "gaussian",
-    "labels as they come",
-    "one network",
-    "hidden layers alone",
-    "latent encoders",
-    "backbone tokens",
-    "raw latents",
-    "batch 128",
-)
+ABLATED = {  # the changes tried at a number of steps
+    1: tuple(ABLATION),
+    4: (
+        "as configured",
+        "cubic",
+        "gaussian",
+        "labels as they come",
+        "one network",
+        "hidden layers alone",
+        "latent encoders",
+        "backbone tokens",
+        "raw latents",
+        "batch 128",
+    ),
+}
 SHORTER = 4
 
 
@@ -236,6 +238,11 @@ def base_samples(study, name, solver, scale, seed, count):
         section[key] = value
     section.guidance = scale
     return study.samples(name, study.base, config, seed, count)
+
+
+def ablation_name(steps: int, label: str) -> str:
+    """The unit that a change of `ABLATION` is kept under."""
+    return f"ablation-{steps}-{label.replace(' ', '-')}"
 
 
 def seconds_of(study: Study, steps: int, seed: int) -> float:
