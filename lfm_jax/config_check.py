@@ -130,11 +130,11 @@ def _check_mmd(config: ConfigDict) -> None:
             f"--config.train.batch_size={batch}: the {options.estimator} estimator needs pairs; "
             "expected at least 2 samples an accumulation step"
         )
-    most = min(config.data.num_classes, batch // config.train.accumulate // 2)
+    most = batch // config.train.accumulate // 2
     if options.groups > most:
         raise UserError(
-            f"--config.mmd.groups={options.groups}: expected at most {most}, of the "
-            f"{config.data.num_classes} classes as many as find two samples each in a batch"
+            f"--config.mmd.groups={options.groups}: expected at most {most}, as many as find two "
+            "samples each in an accumulation step"
         )
     if batch % options.chunks or options.backward_chunks > options.chunks:
         raise UserError(
