@@ -42,7 +42,9 @@ setup(
     ],
     extras_require={
         "cuda": ["jax[cuda12]"],
-        "tpu": ["jax[tpu]"],  # also to compile for TPUs on a host without one (--job=compile)
+        # Also to compile for TPUs on a host without one (--job=compile).
+        "tpu": ["jax[tpu]", "gcsfs>=2024.6"],
+        "gcs": ["gcsfs>=2024.6"],  # gs:// workdirs from other hosts
         "torch": ["torch>=2.4"],  # only to read .pt, .pth and .ckpt files
         "lmdb": ["lmdb>=1.4"],
         "wandb": ["wandb>=0.17"],

@@ -1,6 +1,6 @@
-"""Do samples obey their conditions? Masks, maps and layouts, with baselines, tables and grids.
+r"""Do samples obey their conditions? Masks, maps and layouts, with baselines, tables and grids.
 
-python -m lfm_jax.main --config=configs/inpaint_fashion_mnist.py --workdir=runs/inpaint \\
+python -m lfm_jax.main --config=configs/inpaint_fashion_mnist.py --workdir=runs/inpaint \
     --config.init=runs/fashion_mnist
 python -m benchmarks.conditions inpaint runs/inpaint --base=runs/fashion_mnist
 python -m benchmarks.conditions semantic runs/semantic
@@ -371,8 +371,8 @@ def main() -> None:
     parser.add_argument("--base", type=Path, help="inpaint: the run for training-free replacement")
     parser.add_argument("--count", type=int, default=1000)
     arguments = parser.parse_args()
-    told = f" --base={arguments.base.name}" if arguments.base else ""
-    command = f"python -m benchmarks.conditions {arguments.part} {arguments.run.name}{told}"
+    told = " --base=runs/fashion_mnist" if arguments.base else ""
+    command = f"python -m benchmarks.conditions {arguments.part} runs/{arguments.part}{told}"
     config = _config(arguments.part, arguments.run)
     parts = {"inpaint": inpaint, "semantic": semantic, "layout": layout}
     parts[arguments.part](config, arguments.run, arguments.base, arguments.count, command)

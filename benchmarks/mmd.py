@@ -1,6 +1,6 @@
 """MMD finetuning on Fashion-MNIST: few steps against many, with the controls that make it honest.
 
-    python -m benchmarks.mmd runs/fashion_mnist runs/mmd [--parts=...] [--seeds=0,1,2]
+    python -m benchmarks.mmd runs/fashion_mnist runs/mmd_study [--parts=...] [--seeds=0,1,2]
 
 Every unit of work (a finetuning, a set of samples, a distance) is a file under the second folder
 and is made once: an interrupted run goes on. Parts: ``sweep`` (the base's best many-step setting),
@@ -42,6 +42,10 @@ def base(study: Study) -> None:
     for steps in CURVE:
         solver = {"solver": "euler", "num_steps": steps}
         base_samples(study, f"base-{steps}-0", solver, 1.0, 0, study.count)
+    for steps in STEPS:  # where finetuning starts: what its grid alone is worth
+        grid = study.mmd_config(steps, 0).mmd.grid
+        solver = {"solver": "euler", "num_steps": steps, "grid": grid}
+        base_samples(study, f"start-{steps}-0", solver, 1.0, 0, study.count)
 
 
 def finetuned(study: Study, name: str, config: Any, seed: int, count: int) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def speed(batch: int = 32, repeats: int = 5) -> None:
     codec = make_codec(vae, init_vae(vae, key, 32), scale=1.0, shift=0.0)
     maps = []
     for seed, sizes in enumerate(SHAPES["pixels"]):
-        network = mmd.MapEncoder(num_classes=10, **sizes)
+        network = mmd.FeatureEncoder(num_classes=10, **sizes)
         params = network.init(jax.random.key(seed), jnp.zeros((1, 32, 32, 1)))["params"]
         extractor = mmd.pixel_extractor(network, params, size=32, channels=1, name=str(seed))
         maps.append(mmd.Decoded(codec=codec, extractor=extractor, name=str(seed),

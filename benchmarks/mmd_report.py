@@ -23,8 +23,15 @@ from lfm_jax.jobs import origin
 from lfm_jax.writers import image_grid, save_image, write_json
 
 CONTROLS = {
+    "start": "the un-tuned sampler on the same times",
     "grid": "a trained time grid alone",
     "flow": "plain training of the same seconds",
+}
+_LABELS = {
+    "mmd": "MMD-finetuned",
+    "flow": "plain training",
+    "start": "un-tuned, its times",
+    "grid": "trained times",
 }
 
 
@@ -179,12 +186,11 @@ def plot(study: Study, floors: dict, seeds: list[int]) -> None:
         curve = [pair for pair in curve if pair[1] is not None]
         if curve:
             axis.loglog(*zip(*curve, strict=True), "o-", label="base, Euler, no guidance")
-        for kind, style in (("mmd", "s-"), ("flow", "^:"), ("grid", "v:")):
+        for kind, style in (("mmd", "s-"), ("flow", "^:"), ("start", "x:"), ("grid", "v:")):
             points = [(n, over_seeds(study, kind, n, name, seeds)) for n in STEPS]
             points = [(n, np.mean(values)) for n, values in points if values]
-            label = {"mmd": "MMD-finetuned", "flow": "plain training", "grid": "trained grid"}
             if points:
-                axis.loglog(*zip(*points, strict=True), style, label=label[kind])
+                axis.loglog(*zip(*points, strict=True), style, label=_LABELS[kind])
         for path in (study.out / "judged" / name).glob("many-*-0.json"):
             at, fd = study.calls(path.stem), json.loads(path.read_text())["fd"]
             axis.loglog([at], [fd], "*", ms=12, label=path.stem[5:-2])

@@ -78,7 +78,7 @@ class Study:
 
     def __init__(self, base: str, out: str, count: int):
         self.base, self.out, self.count = Path(base), Path(out), count
-        self.command = f"python -m benchmarks.mmd {base} {out}"
+        self.command = "python -m benchmarks.mmd runs/fashion_mnist runs/mmd_study"
 
     # ---- configs
 

@@ -5,9 +5,10 @@
     python -m benchmarks.pictures guidance runs/fashion_mnist
     python -m benchmarks.pictures evaluation runs/fashion_mnist
     python -m benchmarks.pictures scaling
+    python -m benchmarks.pictures reliability
 
 They are written to docs/pictures/. `latents`, `guidance` and `evaluation` need a finished workdir,
-`scaling` what `python -m benchmarks.aot` has written.
+`scaling` and `reliability` what `benchmarks.aot` and `benchmarks.reliability` have written.
 """
 
 import json
@@ -182,6 +183,23 @@ def scaling() -> None:
     _save(figure, "scaling")
 
 
+def reliability() -> None:
+    """In the middle of what the kills of each job struck it."""
+    kills = json.loads((RESULTS / "reliability_faults.json").read_text())["kills"]
+    figure, axis = plt.subplots(figsize=(8, 3.4))
+    for job, counts in reversed(kills.items()):
+        moments = {k.removeprefix("while "): n for k, n in counts.items() if k.startswith("while ")}
+        left = 0
+        for moment, count in sorted(moments.items(), key=lambda m: (m[0] == "computing", -m[1])):
+            colour = "lightgray" if moment == "computing" else "#9ecae1"
+            axis.barh(job, count, left=left, color=colour, edgecolor="white")
+            if count >= 8:
+                axis.text(left + count / 2, job, moment, ha="center", va="center", fontsize=7)
+            left += count
+    axis.set_xlabel("kills, by what they struck in the middle")
+    _save(figure, "reliability")
+
+
 def _run(workdir: str) -> tuple[ConfigDict, Workdir]:
     """The config that a workdir was run with, on top of today's defaults."""
     place = Workdir(epath.Path(workdir))
@@ -204,6 +222,7 @@ PICTURES = {
     "guidance": guidance,
     "evaluation": evaluation,
     "scaling": scaling,
+    "reliability": reliability,
 }
 
 if __name__ == "__main__":

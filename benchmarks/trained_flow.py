@@ -17,9 +17,9 @@ from benchmarks import figures
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def keep(name: str, value: Any, op: str, bound: Any, folder: str, note: str) -> None:
-    """A figure of the run in this folder."""
-    command = f"python -m benchmarks.trained_flow runs/{Path(folder).name}"
+def keep(name: str, value: Any, op: str, bound: Any, note: str) -> None:
+    """A figure of a trained run."""
+    command = "python -m benchmarks.trained_flow runs/fashion_mnist"
     figures.keep("sampling", name, value, op, bound, command, note)
 
 
@@ -85,7 +85,6 @@ def main(folder: str) -> None:
             levels,
             "<=",
             1,
-            folder,
             f"16 guided samples in batches of 8 and 16; latents differ by at most {latents:.1e}",
         )
     found = json.loads((Path(folder) / "results" / "diagnose.json").read_text())
@@ -98,7 +97,6 @@ def main(folder: str) -> None:
                 terms[constant]["log_bound"],
                 "report",
                 None,
-                folder,
                 f"{terms[constant]['verdict']}; {told}",
             )
     if "likelihood" in found:
@@ -108,7 +106,6 @@ def main(folder: str) -> None:
             bits["bits_per_dim_unscaled"],
             "report",
             None,
-            folder,
             f"unscaled, {bits['trace']}, standard error {bits['standard_error']:.3f}; {told}",
         )
     if "inversion" in found:
@@ -118,7 +115,6 @@ def main(folder: str) -> None:
                 row["relative"],
                 "report",
                 None,
-                folder,
                 f"midpoint, {row['num_steps']} steps each way; {told}",
             )
 

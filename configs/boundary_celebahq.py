@@ -1,7 +1,7 @@
-"""Semantic boundaries on CelebA-HQ 256x256: one of the 40 attributes, without training.
+r"""Semantic boundaries on CelebA-HQ 256x256: one of the 40 attributes, without training.
 
     python -m lfm_jax.main --config=configs/celebahq.py --workdir=runs/celebahq ...
-    python -m lfm_jax.main --config=configs/boundary_celebahq.py --workdir=runs/smiling
+    python -m lfm_jax.main --config=configs/boundary_celebahq.py --workdir=runs/smiling \
         --config.data.path=FOLDER --config.edit.table=CelebAMask-HQ-attribute-anno.txt
 
 FOLDER has the images as files, in subfolders train and test. The table is CelebA's own layout or a

@@ -1,7 +1,7 @@
-"""Semantic boundaries on Fashion-MNIST: sneakers into ankle boots and back, without training.
+r"""Semantic boundaries on Fashion-MNIST: sneakers into ankle boots and back, without training.
 
     python -m lfm_jax.main --config=configs/fashion_mnist.py --workdir=runs/fashion_mnist
-    python -m lfm_jax.main --config=configs/boundary_fashion_mnist.py
+    python -m lfm_jax.main --config=configs/boundary_fashion_mnist.py \
         --workdir=runs/boundary_fashion_mnist
 
 Two CPU cores: about 4 minutes. `--config.init=DIR` edits with another run's network. Other pairs:

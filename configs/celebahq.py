@@ -1,6 +1,6 @@
-"""CelebA-HQ 256x256, unconditional: LFM's DiT-L/2 (FID 5.26).
+r"""CelebA-HQ 256x256, unconditional: LFM's DiT-L/2 (FID 5.26).
 
-    python -m lfm_jax.main --config=configs/celebahq.py --workdir=runs/celebahq
+    python -m lfm_jax.main --config=configs/celebahq.py --workdir=runs/celebahq \
         --config.data.path=FOLDER
     ... --config=configs/celebahq.py:adm       LFM's U-Net (FID 5.67)
     ... --config=configs/celebahq.py:512       512x512 (FID 6.35)

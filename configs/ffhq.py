@@ -1,6 +1,6 @@
-"""FFHQ 256x256, unconditional: LFM's DiT-L/2 (FID 4.55).
+r"""FFHQ 256x256, unconditional: LFM's DiT-L/2 (FID 4.55).
 
-    python -m lfm_jax.main --config=configs/ffhq.py --workdir=runs/ffhq
+    python -m lfm_jax.main --config=configs/ffhq.py --workdir=runs/ffhq \
         --config.data.path=FOLDER
     ... --config=configs/ffhq.py:adm           LFM's ADM (FID 6.12)
 

@@ -1,6 +1,6 @@
-"""Inpainting on CelebA-HQ 256x256 with the numbers of latent flow matching.
+r"""Inpainting on CelebA-HQ 256x256 with the numbers of latent flow matching.
 
-    python -m lfm_jax.main --config=configs/inpaint_celebahq.py --workdir=runs/inpaint_celebahq
+    python -m lfm_jax.main --config=configs/inpaint_celebahq.py --workdir=runs/inpaint_celebahq \
         --config.data.path=FOLDER
     ... --config=configs/inpaint_celebahq.py:large     larger holes, all pixels of the mask
 

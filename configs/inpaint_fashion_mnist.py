@@ -1,6 +1,6 @@
-"""Inpainting on Fashion-MNIST at 32x32, starting from the class-conditional flow.
+r"""Inpainting on Fashion-MNIST at 32x32, starting from the class-conditional flow.
 
-    python -m lfm_jax.main --config=configs/inpaint_fashion_mnist.py --workdir=runs/inpaint
+    python -m lfm_jax.main --config=configs/inpaint_fashion_mnist.py --workdir=runs/inpaint \
         --config.init=runs/fashion_mnist
 
 Two CPU cores: about 10 minutes with `init`, the finished workdir of configs/fashion_mnist.py, whose

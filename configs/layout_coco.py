@@ -1,6 +1,6 @@
-"""Layout-to-image on COCO 2017 at 256x256, with the numbers of latent flow matching's removed code.
+r"""Layout-to-image on COCO 2017 at 256x256, with the numbers of LFM's removed code.
 
-    python -m lfm_jax.main --config=configs/layout_coco.py --workdir=runs/layout_coco
+    python -m lfm_jax.main --config=configs/layout_coco.py --workdir=runs/layout_coco \
         --config.data.path=coco/images --config.condition.path=coco
 
 Images in coco/images/{train,val}; things and stuff from coco/annotations. 92 tokens: three for each

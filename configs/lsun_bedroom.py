@@ -1,6 +1,6 @@
-"""LSUN Bedroom 256x256, unconditional: LFM's DiT-L/2 (FID 4.92).
+r"""LSUN Bedroom 256x256, unconditional: LFM's DiT-L/2 (FID 4.92).
 
-    python -m lfm_jax.main --config=configs/lsun_bedroom.py --workdir=runs/lsun_bedroom
+    python -m lfm_jax.main --config=configs/lsun_bedroom.py --workdir=runs/lsun_bedroom \
         --config.data.path=FOLDER
     ... --config=configs/lsun_bedroom.py:adm   LFM's ADM (FID 7.05)
 

@@ -1,6 +1,6 @@
-"""LSUN Church 256x256, unconditional: LFM's DiT-L/2 (FID 5.54).
+r"""LSUN Church 256x256, unconditional: LFM's DiT-L/2 (FID 5.54).
 
-    python -m lfm_jax.main --config=configs/lsun_church.py --workdir=runs/lsun_church
+    python -m lfm_jax.main --config=configs/lsun_church.py --workdir=runs/lsun_church \
         --config.data.path=FOLDER
     ... --config=configs/lsun_church.py:adm    LFM's U-Net (FID 7.70; its training is unpublished)
 

@@ -1,6 +1,6 @@
-"""CelebA-HQ 256x256 in four steps: an unconditional flow, trained here or imported, finetuned.
+r"""CelebA-HQ 256x256 in four steps: an unconditional flow, trained here or imported, finetuned.
 
-    python -m lfm_jax.main --config=configs/mmd_celebahq.py --workdir=runs/mmd_celebahq
+    python -m lfm_jax.main --config=configs/mmd_celebahq.py --workdir=runs/mmd_celebahq \
         --config.init=runs/celebahq --config.data.path=FOLDER
     ... --config=configs/mmd_celebahq.py:dinov2    DINOv2 in place of CLIP
 

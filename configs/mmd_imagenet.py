@@ -1,6 +1,6 @@
-"""ImageNet 256x256 in four steps: a class-conditional DiT, trained here or imported, finetuned.
+r"""ImageNet 256x256 in four steps: a class-conditional DiT, trained here or imported, finetuned.
 
-    python -m lfm_jax.main --config=configs/mmd_imagenet.py --workdir=runs/mmd_imagenet
+    python -m lfm_jax.main --config=configs/mmd_imagenet.py --workdir=runs/mmd_imagenet \
         --config.init=runs/imagenet
     ... --config=configs/mmd_imagenet.py:tokens    no decoder: the backbone's own tokens
 

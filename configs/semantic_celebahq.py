@@ -1,6 +1,6 @@
-"""Semantic-to-image on CelebAMask-HQ 256x256 with the numbers of latent flow matching.
+r"""Semantic-to-image on CelebAMask-HQ 256x256 with the numbers of latent flow matching.
 
-    python -m lfm_jax.main --config=configs/semantic_celebahq.py --workdir=runs/semantic_celebahq
+    python -m lfm_jax.main --config=configs/semantic_celebahq.py --workdir=runs/semantic_celebahq \
         --config.data.path=CelebAMask-HQ --config.condition.path=CelebAMask-HQ
 
 The 18 parts are merged in the order of lfm_jax/data/celebamask.py; faces below 27,000 train.

@@ -1,6 +1,6 @@
-"""Semantic-to-image on Fashion-MNIST at 32x32: from a map of three classes, and the class.
+r"""Semantic-to-image on Fashion-MNIST at 32x32: from a map of three classes, and the class.
 
-    python -m lfm_jax.main --config=configs/semantic_fashion_mnist.py --workdir=runs/semantic
+    python -m lfm_jax.main --config=configs/semantic_fashion_mnist.py --workdir=runs/semantic \
         --config.init=runs/fashion_mnist
 
 The map says background, garment and edge of every pixel, by a documented rule on real images

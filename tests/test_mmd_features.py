@@ -127,7 +127,7 @@ def test_a_latent_encoder_learns_classes_and_to_fill_in():
 
 @pytest.mark.parametrize("plain", [False, True])
 def test_an_encoder_survives_its_file(tmp_path, plain):
-    model = mmd.MapEncoder(num_classes=3, width=8, levels=2, plain=plain)
+    model = mmd.FeatureEncoder(num_classes=3, width=8, levels=2, plain=plain)
     x = jax.random.normal(jax.random.key(0), (2, 8, 8, 4))
     params = model.init(jax.random.key(1), x)["params"]
     mmd.save_encoder(tmp_path / "e.safetensors", model, params, seed=4)
@@ -139,7 +139,7 @@ def test_an_encoder_survives_its_file(tmp_path, plain):
 
 @pytest.mark.parametrize("side", [8, 7, 28])
 def test_a_plain_encoder_keeps_the_largest_of_each_square_and_of_an_odd_edge(side):
-    model = mmd.MapEncoder(width=4, levels=1, hidden=8, plain=True)
+    model = mmd.FeatureEncoder(width=4, levels=1, hidden=8, plain=True)
     x = jax.random.normal(jax.random.key(0), (2, side, side, 3))
     params = model.init(jax.random.key(1), x)["params"]
 

@@ -283,6 +283,17 @@ def sample_labels(
 
 
 def class_names(config: ConfigDict, *, most: int = 10) -> list[str]:
-    """Names of the first classes, for the rows of a grid; empty for an unconditional model."""
+    """Names of the first classes, for the rows of a grid; empty for an unconditional model.
+
+    Where the images are not at hand, which no sampler and no training on a cache needs, their
+    numbers stand for them.
+    """
     shown = min(config.data.num_classes, most)
-    return list(build.images(config, "train").class_names[:shown]) if shown else []
+    if not shown:
+        return []
+    try:
+        names = build.images(config, "train").class_names
+    except UserError:
+        given = tuple(config.data.class_names)
+        names = (*given, *map(str, range(len(given), shown)))
+    return list(names[:shown])

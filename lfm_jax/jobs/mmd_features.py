@@ -121,7 +121,7 @@ def _trained_map(config, codec, name, seed, network, weights):
 
 
 def _network(config, workdir, codec, cache, name, seed, sizes):
-    """A trained `MapEncoder`, from its file where that is of the same making."""
+    """A trained `FeatureEncoder`, from its file where that is of the same making."""
     options = config.mmd
     classes = config.data.num_classes
     made_of = {

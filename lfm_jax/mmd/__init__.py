@@ -7,7 +7,7 @@ in one or more feature spaces is its loss (Aiello et al. 2023; here for latent f
 from lfm_jax.mmd.bank import Bank, Weighted, load_bank, make_bank, mean_row, nystrom, save_bank
 from lfm_jax.mmd.encoder import (
     OBJECTIVES,
-    MapEncoder,
+    FeatureEncoder,
     load_encoder,
     pixel_extractor,
     save_encoder,
@@ -65,11 +65,11 @@ __all__ = [
     "Bank",
     "Decoded",
     "Energy",
+    "FeatureEncoder",
     "Gaussian",
     "InverseMultiquadric",
     "Laplace",
     "LatentMaps",
-    "MapEncoder",
     "Mixture",
     "Polynomial",
     "RandomMaps",

@@ -34,7 +34,7 @@ OBJECTIVES = ("classify", "mask", "both")
 _MASKED = 0.5
 
 
-class MapEncoder(nn.Module):
+class FeatureEncoder(nn.Module):
     """``x [b, h, w, c]`` -> ``{"features" [b, hidden], "maps" [b, d], "logits" [b, classes]}``.
 
     Attributes:
@@ -114,15 +114,15 @@ def train_encoder(
     learning_rate: float | int = 2e-3,
     progress: bool = True,
     **sizes: Any,
-) -> tuple[MapEncoder, dict, float]:
-    """Train a `MapEncoder`.
+) -> tuple[FeatureEncoder, dict, float]:
+    """Train a `FeatureEncoder`.
 
     Args:
         read: ``read(indices) -> {"x" float [b, h, w, c], "label" int [b]}``.
         count: rows that `read` knows.
         objective: of `OBJECTIVES`.
         noise: examples are seen with Gaussian noise of a deviation drawn from [0, `noise`] each.
-        sizes: fields of `MapEncoder`.
+        sizes: fields of `FeatureEncoder`.
 
     Returns:
         The network, its parameters, and the objective's mean over the last tenth of the steps.
@@ -134,7 +134,7 @@ def train_encoder(
         raise UserError(f"encoder objective: {objective!r} is none of {', '.join(OBJECTIVES)}")
     if objective != "mask" and num_classes < 2:
         raise UserError(f"encoder objective: {objective} needs classes; unlabelled data take mask")
-    model = MapEncoder(num_classes=num_classes, **sizes)
+    model = FeatureEncoder(num_classes=num_classes, **sizes)
     key = jax.random.key(seed)
     example = read(np.arange(1))["x"]
     params = jax.jit(model.init)(key, jnp.asarray(example))["params"]
@@ -154,7 +154,7 @@ def train_encoder(
 
 
 def _make_step(
-    model: MapEncoder, tx: optax.GradientTransformation, objective: str, noise: float | int
+    model: FeatureEncoder, tx: optax.GradientTransformation, objective: str, noise: float | int
 ):
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params, opt_state, x, label, key):
@@ -185,7 +185,7 @@ def _make_step(
     return step
 
 
-def pixel_extractor(model: MapEncoder, params: dict, *, size: int, channels: int, name: str):
+def pixel_extractor(model: FeatureEncoder, params: dict, *, size: int, channels: int, name: str):
     """The `Extractor` of an encoder that was trained on images in [-1, 1]."""
     return Extractor(
         params=params,
@@ -197,16 +197,18 @@ def pixel_extractor(model: MapEncoder, params: dict, *, size: int, channels: int
     )
 
 
-def save_encoder(path: str | os.PathLike, model: MapEncoder, params: dict, **made_of: Any) -> None:
+def save_encoder(
+    path: str | os.PathLike, model: FeatureEncoder, params: dict, **made_of: Any
+) -> None:
     """Write an encoder with what it was made of (JSON)."""
     fields = ("num_classes", "width", "levels", "stem", "hidden", "patch", "plain")
     sizes = {name: getattr(model, name) for name in fields}
     write_params(path, params, {"sizes": sizes, "made_of": made_of})
 
 
-def load_encoder(path: str | os.PathLike) -> tuple[MapEncoder, dict, dict]:
+def load_encoder(path: str | os.PathLike) -> tuple[FeatureEncoder, dict, dict]:
     """``(network, params, made_of)`` of `save_encoder`; `UserError` if it is not one."""
     params, metadata = read_params(path)
     if "sizes" not in metadata:
         raise UserError(f"feature network {path}: not one of save_encoder")
-    return MapEncoder(**metadata["sizes"]), params, metadata["made_of"]
+    return FeatureEncoder(**metadata["sizes"]), params, metadata["made_of"]

@@ -5,7 +5,7 @@
 `Decoded`         through the differentiable decoder into any `Extractor`
 `BackboneTokens`  the frozen base network's own tokens at noised times (Starodubcev et al. 2025,
                   "Scale-wise Distillation", section 3.2): no decoder, no other network
-`LatentMaps`      a `MapEncoder` trained on the latents
+`LatentMaps`      a `FeatureEncoder` trained on the latents
 `RandomMaps`, `RawLatents`   the ablations that they have to beat
 
 Real and generated latents go through one function. `Decoded` takes images too: where the data's
@@ -132,7 +132,7 @@ def middle_tap(model: nn.Module) -> str:
 
 @flax.struct.dataclass
 class LatentMaps:
-    """Features of a network on the latents themselves (`MapEncoder`)."""
+    """Features of a network on the latents themselves (`FeatureEncoder`)."""
 
     params: Any
     model: nn.Module = flax.struct.field(pytree_node=False)
