@@ -3,7 +3,7 @@
     python -m benchmarks.mmd runs/fashion_mnist runs/mmd_study [--parts=...] [--seeds=0,1,2]
 
 Every unit of work (a finetuning, a set of samples, a distance) is a file under the second folder
-and is made once: an interrupted run goes on. Parts: ``sweep`` (the base's best many-step setting),
+and is made once: an interrupted run goes on. Parts: ``sweep`` (of the base's many-step settings),
 ``base`` (its samples), ``mmd`` (finetunings), ``flow`` and ``grid`` (the controls: the same seconds
 of plain training; a trained time grid alone), ``ablation``, ``judge``, ``report`` (figures, tables,
 plot). Two judges that no feature was trained on: the pipeline's classifier (another architecture
@@ -37,7 +37,7 @@ PARTS = ("sweep", "base", "mmd", "flow", "grid", "ablation", "judge", "report")
 
 def base(study: Study) -> None:
     """10,000 samples of the base: the best many-step settings, and few steps at their scales."""
-    for name, scale in set(sweep(study)["best"].values()):
+    for name, scale in sweep(study)["finalists"]:
         base_samples(study, f"many-{name}-w{scale:g}-0", MANY[name], scale, 0, study.count)
     for steps in CURVE:
         solver = {"solver": "euler", "num_steps": steps}
@@ -48,11 +48,10 @@ def base(study: Study) -> None:
         base_samples(study, f"start-{steps}-0", solver, 1.0, 0, study.count)
 
 
-def finetuned(study: Study, name: str, config: Any, seed: int, count: int) -> dict[str, Any]:
+def finetuned(study: Study, name: str, config: Any, seed: int, count: int) -> None:
     """Finetune, then sample."""
-    result = study.finetune(name, config)
+    study.finetune(name, config)
     study.samples(name, study.out / "runs" / name, config, seed, count)
-    return result
 
 
 def controls(study: Study, kind: str, seeds: list[int]) -> None:
@@ -113,9 +112,6 @@ def judge(study: Study) -> None:
             continue
         for name in JUDGES:
             study.judged(path.stem, name, lambda p=path: np.load(p)["images"])
-
-
-# ---- report
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 python -m benchmarks.mmd_cost memory        XLA's own account of the compiled program
 python -m benchmarks.mmd_cost speed         Fashion-MNIST's network, both steps in turn
+python -m benchmarks.mmd_cost throughput    DiT-B/2 at N=4 and a global batch of 2,048: for a GPU
 """
 
 import functools
@@ -83,7 +84,7 @@ def speed(batch: int = 32, repeats: int = 5) -> None:
         extractor = mmd.pixel_extractor(network, params, size=32, channels=1, name=str(seed))
         maps.append(mmd.Decoded(codec=codec, extractor=extractor, name=str(seed),
                                 entries=("features", "maps", "logits")))  # fmt: skip
-    bank = _bank(maps, shape)
+    bank = _bank(maps, shape, 10)
     spaces = {name: mmd.make_space(rows, kernel="energy", joint=64.0, num_classes=10)
               for name, rows in bank.rows.items()}  # fmt: skip
     example = {
@@ -112,12 +113,44 @@ def speed(batch: int = 32, repeats: int = 5) -> None:
         )  # fmt: skip
 
 
-def _bank(maps: list, shape: tuple, count: int = 8192) -> mmd.Bank:
+def throughput(
+    name: str = "DiT-B/2", batch: int = 2048, side: int = 32, chunks: int = 16, steps: int = 4
+) -> float:
+    """Updates a second in latent features, a chunk of the batch in memory at a time."""
+    classes, shape = 1000, (side, side, 4)
+    model = create_model(name, num_classes=classes, dtype="bfloat16")
+    network = mmd.FeatureEncoder(num_classes=classes, levels=3)
+    params = network.init(jax.random.key(0), jnp.zeros((1, *shape)))["params"]
+    maps = [mmd.LatentMaps(params=params, model=network)]
+    bank = _bank(maps, shape, classes)
+    spaces = {key: mmd.make_space(rows, kernel="energy", joint=64.0, num_classes=classes)
+              for key, rows in bank.rows.items()}  # fmt: skip
+    rows = mmd.row_generator(model, maps, shape, num_classes=classes, steps=(steps,))
+    loss = mmd.mmd_loss(rows, spaces, bank=bank, bank_rows=4096, chunks=chunks, groups=batch // 32)
+    example = {
+        "label": jnp.arange(batch) % classes,
+        "position": jnp.arange(batch, dtype=jnp.uint32),
+    }
+    update = _timer(model, loss, shape, example)
+    return 1 / statistics.median(update() for _ in range(5))
+
+
+def on_accelerator() -> None:
+    """`throughput` of the size that is asked for, and its record."""
+    if jax.default_backend() == "cpu":
+        sys.exit("throughput: an update of this size takes an accelerator; only CPUs are here")
+    record(
+        "mmd", "updates a second, DiT-B/2 at N=4, global batch 2,048", throughput(), "report", None,
+        f"{COMMAND} throughput", "bfloat16, 32x32x4 latents, latent features, 16 chunks",
+    )  # fmt: skip
+
+
+def _bank(maps: list, shape: tuple, classes: int, count: int = 8192) -> mmd.Bank:
     latents = jax.random.normal(jax.random.key(1), (count, *shape))
     embed = jax.jit(lambda z: mmd.all_features(maps, z, None, None))
     parts = [embed(latents[i : i + 128]) for i in range(0, count, 128)]
     rows = {name: jax.device_get(jnp.concatenate([p[name] for p in parts])) for name in parts[0]}
-    return mmd.make_bank(rows, jax.device_get(jnp.arange(count) % 10), num_classes=10)
+    return mmd.make_bank(rows, jax.device_get(jnp.arange(count) % classes), num_classes=classes)
 
 
 def _timer(model: Any, loss: Any, shape: tuple, example: dict) -> Any:
@@ -138,4 +171,4 @@ def _timer(model: Any, loss: Any, shape: tuple, example: dict) -> Any:
 
 
 if __name__ == "__main__":
-    {"memory": memory, "speed": speed}[sys.argv[1]]()
+    {"memory": memory, "speed": speed, "throughput": on_accelerator}[sys.argv[1]]()

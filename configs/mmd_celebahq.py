@@ -4,9 +4,9 @@ r"""CelebA-HQ 256x256 in four steps: an unconditional flow, trained here or impo
         --config.init=runs/celebahq --config.data.path=FOLDER
     ... --config=configs/mmd_celebahq.py:dinov2    DINOv2 in place of CLIP
 
-Batches of 512 in 16 chunks against the features of all 27,000 images. Hardware: one GPU. Expected
-time, from the closed FLOP form at 40 % MFU on one H200: 500 updates about 3 h, nearly all of it in
-the decoder.
+Batches of 512 in 16 chunks against the features of 20,000 of the 27,000 images, half of them
+mirrored. Hardware: one GPU. Expected time, from the closed FLOP form at 40 % MFU on one H200: 500
+updates about 1 h, a good third of it in the decoder.
 Expected figure: none is known for this experiment.
 """
 

@@ -176,20 +176,20 @@ def default_config() -> ConfigDict:
     config.mmd.trainable = "all"  # all | adaln | lora | solver (the time grid and step scales)
     config.mmd.lora_rank = 8
     config.mmd.features = ("pixels",)  # of pixels latents tokens raw random and published names
-    config.mmd.entries = ("features", "maps")  # of the networks trained here
+    config.mmd.decoder = "autoencoder"  # that features see images through; preview: the TAESD's
+    config.mmd.entries = ("features", "maps")  # of networks trained here; with classes also logits
     config.mmd.network_seeds = (11, 12)  # one network a seed; not those of any judge
     config.mmd.network_steps = 800  # updates of each, 128 examples an update
     config.mmd.network_objective = "classify"  # classify | mask | both; unlabelled data: mask
     config.mmd.network_noise = 0.0  # their examples get noise of a deviation from 0 to this
     config.mmd.networks = placeholder(str)  # folder of networks and bank that runs share
     config.mmd.weights_file = placeholder(str)  # of a published extractor; unset: its cache
-    config.mmd.token_times = (0.25,)  # noise levels of the backbone's tokens
+    config.mmd.token_times = (0.25,)  # noise levels of the backbone's tokens, in (0, 1]
     config.mmd.weights = ()  # of the feature spaces, in their order; empty: 1 each
-    config.mmd.self_normalise = False  # divide each space's term by its own size
     config.mmd.kernel = "gaussian"  # a name of mmd.KERNELS
     config.mmd.bandwidth = 1.0  # in median distances of real rows
     config.mmd.factors = (0.5, 1.0)  # the kernel is a mean over bandwidths times these
-    config.mmd.estimator = "unbiased"  # unbiased | biased | linear
+    config.mmd.estimator = "unbiased"  # unbiased | biased
     config.mmd.joint = 4.0  # distance of two classes in bandwidths; 0: labels are not compared
     config.mmd.groups = 0  # classes an update, drawn for it; 0: labels as they come in the data
     config.mmd.real = "bank"  # bank | batch (computed on the fly) | mean | nystrom
@@ -203,7 +203,8 @@ def default_config() -> ConfigDict:
     config.mmd.chunks = 1  # parts of a batch, one in memory at a time; the gradient is the whole's
     config.mmd.backward_chunks = 0  # gradients through so many random chunks only; 0: all
     config.mmd.anchor = 0.0  # weight of the flow-matching loss beside it
-    config.mmd.validate_every = 20  # updates between scores of the snapshot; 0: keep the last
+    # Updates between scores of the snapshot; 0: keep the last, scored for collapse alone.
+    config.mmd.validate_every = 20
     config.mmd.validate_samples = 500
     config.mmd.collapse = 0.3  # least spread of the samples over the real one's
 
@@ -213,7 +214,7 @@ def default_config() -> ConfigDict:
     config.sample.batch_size = 250  # images over all devices
     config.sample.solver = "euler"  # a name of flow.SOLVERS, or ddim
     config.sample.eta = 0.0  # noise on the way: of solver ddim (0 is the Euler step), or of sde
-    config.sample.num_steps = 50  # intervals of a fixed-step solve; ignored when rtol is set
+    config.sample.num_steps = 50  # steps; times in grid, or rtol, go before it
     config.sample.grid = "uniform"  # fixed steps: a name of flow.GRIDS, or times "1,0.6,0.3,0"
     config.sample.rtol = placeholder(float)  # set both tolerances for an adaptive solve
     config.sample.atol = placeholder(float)

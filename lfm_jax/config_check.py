@@ -125,26 +125,36 @@ def _check_condition(config: ConfigDict) -> None:
 
 def _check_mmd(config: ConfigDict) -> None:
     options, batch = config.mmd, config.train.batch_size
-    if options.estimator != "biased" and batch // config.train.accumulate < 2:
+    _check_mmd_features(config)
+    # The loss is over the pairs of one accumulation step: it sees no other samples.
+    seen = batch // config.train.accumulate
+    step = f"the {seen} samples of an update"
+    if config.train.accumulate > 1:
+        step = f"the {seen} samples of one of train.accumulate={config.train.accumulate} steps"
+    if options.estimator != "biased" and seen < 2:
         raise UserError(
             f"--config.train.batch_size={batch}: the {options.estimator} estimator needs pairs; "
             "expected at least 2 samples an accumulation step"
         )
-    most = batch // config.train.accumulate // 2
-    if options.groups > most:
+    if options.groups > seen // 2:
         raise UserError(
-            f"--config.mmd.groups={options.groups}: expected at most {most}, as many as find two "
-            "samples each in an accumulation step"
+            f"--config.mmd.groups={options.groups}: expected at most {seen // 2}, as many as find "
+            "two samples each in an accumulation step"
         )
-    if batch % options.chunks or options.backward_chunks > options.chunks:
+    if seen % options.chunks or options.backward_chunks > options.chunks:
         raise UserError(
-            f"--config.mmd.chunks={options.chunks}: expected a divisor of train.batch_size={batch} "
-            f"and at least mmd.backward_chunks={options.backward_chunks}"
+            f"--config.mmd.chunks={options.chunks}: expected a divisor of {step}, and at least "
+            f"mmd.backward_chunks={options.backward_chunks}"
         )
     if options.backprop_steps > options.num_steps:
         raise UserError(
             f"--config.mmd.backprop_steps={options.backprop_steps}: expected at most "
             f"mmd.num_steps={options.num_steps}"
+        )
+    if options.backprop_steps and options.solver == "ddim":
+        raise UserError(
+            f"--config.mmd.backprop_steps={options.backprop_steps}: ddim's steps are not cut; "
+            "expected 0 (all), or another mmd.solver"
         )
     if options.trainable == "solver" and (options.more_steps or options.solver == "ddim"):
         raise UserError(
@@ -161,8 +171,24 @@ def _check_mmd(config: ConfigDict) -> None:
             f"--config.mmd.baked={tuple(options.baked)}: guidance in the target needs classes; "
             "expected data.num_classes > 0 and mmd.guidance=1"
         )
+    if options.bank_rows < options.groups:
+        raise UserError(
+            f"--config.mmd.bank_rows={options.bank_rows}: expected at least "
+            f"mmd.groups={options.groups}"
+        )
     if options.baked and options.real != "bank":
         raise UserError(f"--config.mmd.real={options.real}: mmd.baked needs bank")
+    if any(scale != 1 for scale in options.baked) and not options.joint:
+        raise UserError(
+            f"--config.mmd.baked={tuple(options.baked)}: guidance in the target is away from other "
+            "classes, which mmd.joint=0 does not tell apart; expected mmd.joint > 0, or no scale "
+            "but 1"
+        )
+    if options.real == "batch" and options.target != "latents":
+        raise UserError(
+            f"--config.mmd.target={options.target}: mmd.real=batch compares with the latents of "
+            "the batch; expected latents, or another mmd.real"
+        )
     for key in ("guidance", "teacher_guidance"):
         if options[key] != 1 and not config.data.num_classes:
             raise UserError(
@@ -178,9 +204,32 @@ def _check_mmd(config: ConfigDict) -> None:
             f"--config.mmd.groups={options.groups}: expected at most data.num_classes="
             f"{config.data.num_classes}, and mmd.real=bank"
         )
-    if options.groups and batch % options.groups:
+    if options.groups and seen % options.groups:
+        raise UserError(f"--config.mmd.groups={options.groups}: expected a divisor of {step}")
+
+
+def _check_mmd_features(config: ConfigDict) -> None:
+    """Spaces that the options would leave empty, or that these data do not have."""
+    options = config.mmd
+    trained = ("pixels", "latents")
+    needs = {"entries": trained, "network_seeds": trained, "token_times": ("tokens",)}
+    for key, features in needs.items():
+        asking = [name for name in options.features if name in features]
+        if asking and not options[key]:
+            raise UserError(
+                f"--config.mmd.{key}=(): mmd.features={asking[0]} has no space without; expected "
+                "at least one"
+            )
+    trains = set(trained) & set(options.features)
+    if trains and "logits" in options.entries and not config.data.num_classes:
         raise UserError(
-            f"--config.mmd.groups={options.groups}: expected a divisor of train.batch_size={batch}"
+            f"--config.mmd.entries={tuple(options.entries)}: networks trained without classes "
+            "(data.num_classes=0) have no logits; expected features, maps or both"
+        )
+    if options.decoder == "preview" and config.autoencoder.preview is None:
+        raise UserError(
+            "--config.mmd.decoder=preview: expected autoencoder.preview, the tiny autoencoder to "
+            "decode with, as well"
         )
 
 

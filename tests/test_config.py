@@ -85,6 +85,12 @@ def test_variants_are_the_published_networks(name, variant, side, millions):
         ("autoencoder.kind", "vq"),
         ("mesh.data", 0),
         ("mmd.baked", ("x",)),  # of another kind than the rule compares
+        ("mmd.solver", "best"),
+        ("mmd.decoder", "tiny"),
+        ("mmd.entries", ("features", "filled")),
+        ("mmd.network_seeds", (11, 11)),
+        ("mmd.token_times", (0.0,)),
+        ("mmd.token_times", (0.5, 1.5)),
         ("edit.strengths", (None,)),
     ],
 )
@@ -117,6 +123,63 @@ def test_fields_that_contradict_are_refused():
     config.train.mirror = True
     with pytest.raises(UserError, match=r"encode\.mirror"):
         check_config(config)
+
+
+@pytest.mark.parametrize(
+    "words, changes",
+    [
+        (r"mmd\.baked=\(1\.05,\):.*mmd\.joint > 0", {"baked": (1.05,), "joint": 0.0}),
+        (r"mmd\.target=images:.*expected latents", {"real": "batch"}),
+        (r"mmd\.target=teacher:.*expected latents", {"real": "batch", "target": "teacher"}),
+        (r"mmd\.entries=\(\): mmd\.features=pixels", {"entries": ()}),
+        (r"mmd\.network_seeds=\(\): mmd\.features=latents",
+         {"network_seeds": (), "features": ("raw", "latents")}),
+        (r"mmd\.token_times=\(\): mmd\.features=tokens",
+         {"token_times": (), "features": ("tokens",)}),
+        (r"no logits; expected features, maps",
+         {"entries": ("features", "logits"), "features": ("latents",), "data.num_classes": 0}),
+        (r"mmd\.backprop_steps=1: ddim.*expected 0", {"backprop_steps": 1, "solver": "ddim"}),
+        (r"mmd\.decoder=preview: expected autoencoder\.preview", {"decoder": "preview"}),
+        # The loss sees 32 samples at a time.
+        (r"mmd\.chunks=64:.*the 32 samples of one of train\.accumulate=2", {"chunks": 64}),
+        (r"mmd\.groups=10:.*a divisor of the 32 samples", {"groups": 10}),
+    ],
+)  # fmt: skip
+def test_finetuning_options_that_would_do_nothing_or_break_later_are_refused(words, changes):
+    config = default_config()
+    config.loss, config.train.batch_size, config.train.accumulate = "mmd", 64, 2
+    check_config(config)
+    for key, value in changes.items():
+        section, _, field = key.rpartition(".")
+        config[section or "mmd"][field] = value
+    with pytest.raises(UserError, match=words) as caught:
+        check_config(config)
+    assert str(caught.value).startswith("--config.mmd.") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"baked": (1.0,), "joint": 0.0},
+        {"real": "batch", "target": "latents"},
+        {"entries": (), "network_seeds": (), "token_times": (), "features": ("raw",)},
+        {"chunks": 32},
+        {"groups": 8},
+    ],
+)
+def test_finetuning_options_that_have_their_effect_are_accepted(changes):
+    config = default_config()
+    config.loss, config.train.batch_size, config.train.accumulate = "mmd", 64, 2
+    for key, value in changes.items():
+        config.mmd[key] = value
+    check_config(config)
+
+
+def test_the_solvers_of_finetuning_are_those_that_exist():
+    from lfm_jax.flow import SOLVERS
+
+    accepts, _ = RULES["mmd.solver"]
+    assert all(map(accepts, (*SOLVERS, "ddim"))) and not accepts("sde")
 
 
 def test_the_content_hash_ignores_order_and_sees_values():

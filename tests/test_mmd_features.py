@@ -1,5 +1,6 @@
 """Feature maps: differentiable, the same for images and decoded latents, and what they see."""
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +11,8 @@ from lfm_jax import mmd
 from lfm_jax.data import open_images
 from lfm_jax.errors import UserError
 from lfm_jax.features import Classifier, Extractor
+from lfm_jax.jobs.mmd_features import to_differentiate
+from lfm_jax.mmd.features import shared_leaves
 from lfm_jax.models import create_model, init_params
 from lfm_jax.vae import AutoencoderKL, identity_codec, init_vae, make_codec, to_uint8
 
@@ -89,6 +92,42 @@ def test_maps_share_one_decoding_and_no_name():
     assert len(calls) == 1 and set(rows) == {"a/features", "b/features", "raw"}
     with pytest.raises(UserError, match="two maps"):
         mmd.all_features([mmd.RawLatents(), mmd.RawLatents()], latents, None, keys(2))
+
+
+def test_maps_that_are_arguments_of_a_program_share_their_decoding_too():
+    calls = []
+
+    @flax.struct.dataclass
+    class Counted(type(identity_codec(3))):
+        def decode(self, z):
+            calls.append(1)
+            return super().decode(z)
+
+    codec = Counted(params={"p": jnp.ones(1)}, model=None, scale=1.0, shift=0.0, channels=3)
+    maps = [mmd.Decoded(codec=codec, extractor=extractor(), name=n) for n in ("a", "b")]
+    arrays, maps_of = shared_leaves([*maps, mmd.RawLatents()])
+    latents = jax.random.normal(jax.random.key(0), (2, 16, 16, 3))
+    found = jax.jit(lambda a: mmd.all_features(maps_of(a), latents, None, keys(2)))(arrays)
+    assert len(calls) == 1
+    expected = mmd.all_features([*maps, mmd.RawLatents()], latents, None, keys(2))
+    for name, rows in expected.items():
+        np.testing.assert_allclose(found[name], rows, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rule", ["tf1", "torch", "clean"])
+def test_what_is_differentiated_sees_every_pixel_and_slopes_at_white(rule):
+    judging = extractor(size=16, rule=rule)
+    found = to_differentiate(judging)
+    white = jnp.full((1, 48, 48, 3), 255.0)
+
+    def slopes(network):
+        weights = jax.random.normal(jax.random.key(1), (1, 16, 16, 3))
+        return jax.grad(lambda x: (network.prepare(x) * weights).sum())(white)
+
+    # Only a pixel at a zero of the bicubic kernel may go unseen.
+    assert (np.abs(slopes(found)) > 0).all((0, 3)).mean() > 0.95
+    assert (np.abs(slopes(judging)) > 0.8 * np.abs(slopes(found))).all((0, 3)).mean() < 0.6
+    assert to_differentiate(extractor()).resize == "none"  # of networks that take no other size
 
 
 def test_a_latent_encoder_learns_classes_and_to_fill_in():

@@ -195,7 +195,7 @@ def test_every_trainable_tree_starts_as_the_network_and_moves_only_its_part(netw
 
 def test_a_steered_network_answers_differently_for_each_number_of_steps(network):
     _, params = network
-    tree = mmd.trainable("all", params, jax.random.key(0), steered=True)
+    tree = mmd.trainable("all", params, jax.random.key(0), several_steps=True, several_scales=True)
     same = mmd.deploy(tree, num_steps=4)[0]
     for a, b in zip(jax.tree.leaves(same), jax.tree.leaves(params), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -205,6 +205,23 @@ def test_a_steered_network_answers_differently_for_each_number_of_steps(network)
     assert np.abs(one - four).max() > 1e-3
     _, _, left = mmd.deploy_sampler(tree, num_steps=1, guidance=2.0)
     assert left == 1
+
+
+def test_a_network_that_is_told_the_steps_alone_leaves_the_scale_to_the_sampler(network):
+    _, params = network
+    tree = mmd.trainable("all", params, jax.random.key(0), several_steps=True)
+    offset = tree[mmd.FEW_STEP]["offset"]
+    tree[mmd.FEW_STEP]["offset"] = {**offset, "out": offset["out"] + 0.1}
+
+    def bias(steps, scale):
+        plain, _, left = mmd.deploy_sampler(tree, num_steps=steps, guidance=scale)
+        assert left == scale
+        return plain["time_out"]["bias"]
+
+    np.testing.assert_array_equal(bias(2, 1.5), bias(2, 1.0))
+    assert np.abs(bias(2, 1.0) - bias(4, 1.0)).max() > 1e-3
+    told = mmd.trainable("all", params, jax.random.key(0), several_scales=True)
+    assert mmd.deploy_sampler(told, num_steps=2, guidance=1.5)[2] == 1
 
 
 @pytest.mark.parametrize(
@@ -221,7 +238,7 @@ def test_a_steered_network_answers_differently_for_each_number_of_steps(network)
         (lambda v: mmd.generate(v, noise(), num_steps=3, solver="ddim", backprop=1), "ddim"),
         (lambda v: mmd.trainable("some", {}, jax.random.key(0)), "none of all"),
         (lambda v: mmd.trained_mask("adaln", {"a": jnp.ones(1)}), "nothing to train"),
-        (lambda v: mmd.trainable("all", {}, jax.random.key(0), steered=True), "time_out"),
+        (lambda v: mmd.trainable("all", {}, jax.random.key(0), several_steps=True), "time_out"),
     ],
 )
 def test_mistakes_are_told_in_one_line(network, call, words):

@@ -96,7 +96,14 @@ def test_going_on_ends_where_one_run_ends(config, tmp_path):
         {"more_steps": (1, 4), "chunks": 4, "features": ("raw",), "target": "latents"},
         {"baked": (1.0, 2.0), "features": ("random",), "estimator": "biased"},
         {"real": "nystrom", "landmarks": 20, "features": ("latents",), "kernel": "imq"},
-        {"real": "batch", "features": ("tokens",), "anchor": 0.1, "guidance": 1.5, "joint": 0.0},
+        {
+            "real": "batch",
+            "target": "latents",
+            "features": ("tokens",),
+            "anchor": 0.1,
+            "guidance": 1.5,
+            "joint": 0.0,
+        },
         {"target": "teacher", "teacher_steps": 2, "groups": 2, "features": ("raw",)},
         {"solver": "ddim", "eta": 0.5, "features": ("raw",), "trainable": "adaln"},
         {"solver": "heun", "num_steps": 2, "backprop_steps": 1, "features": ("raw",)},
@@ -208,6 +215,7 @@ def test_bad_input_is_one_line(config, base, tmp_path):
     fails("guidance in the target", run=False, mmd__baked=(2.0,), mmd__guidance=1.5)
     fails("one row stands for all", run=False, mmd__real="mean")
     fails("grid=1,0.5,0.2,0: 3 steps", mmd__grid="1,0.5,0.2,0", mmd__features=("raw",))
+    fails("holds no mirror images", train__mirror=True, encode__mirror=True)
     fails("times are of one N", run=False, mmd__grid="1,0.5,0", mmd__more_steps=(1,))
     fails("no mmd.more_steps", run=False, mmd__trainable="solver", mmd__more_steps=(1,))
     fails("one for each of the", mmd__weights=(1.0, 2.0, 3.0), mmd__features=("raw",))

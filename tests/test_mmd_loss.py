@@ -64,10 +64,6 @@ def test_gradcache_is_the_whole_gradient():
 
 
 def test_backward_through_some_chunks_is_right_on_average():
-    def gradient(key, **options):
-        loss = mmd.mmd_loss(linear_generator, spaces(), real=None, **options)
-        return jax.grad(loss, has_aux=True)(PARAMS, batch_of(8), key)[0]["w"]
-
     landmarks = {
         name: space.replace(
             attraction=mmd.mean_row(space.rows(rows(50, seed=7), jnp.zeros(50, int)))
@@ -88,22 +84,22 @@ def test_backward_through_some_chunks_is_right_on_average():
     assert np.abs(difference).max() > 1e-5
 
 
-def test_large_joint_compares_within_classes_only():
-    """A product kernel: pairs of two classes count for nothing."""
-    space = mmd.make_space(rows(200), joint=50.0, num_classes=3)
+@pytest.mark.parametrize("name", ["linear", "cubic", "gaussian", "laplace", "imq"])
+def test_large_joint_compares_within_classes_only(name):
+    """Pairs of two classes count for nothing; a heavy tail sees them from further away."""
+    joint = 1e7 if name == "imq" else 50.0
+    space = mmd.make_space(rows(200), kernel=name, joint=joint, num_classes=3)
     x, labels = rows(30, seed=1), jnp.arange(30) % 3
     y, real_labels = rows(60, seed=2, shift=0.3), jnp.arange(60) % 3
     value, _ = mmd.discrepancy({"a": space}, {"a": x}, labels, {"a": y}, real_labels,
                                estimator="biased")  # fmt: skip
-    plain = space.replace(num_classes=0)
+    plain, kernel = space.replace(num_classes=0), space.kernel.kernel
     wanted = 0.0
     for label in range(3):
         a, b = plain.rows(x[labels == label], None), plain.rows(y[real_labels == label], None)
-        wanted += mmd.within(a, space.kernel, estimator="biased") / 9
-        wanted -= 2 * mmd.mean_pairs(a, b, space.kernel) / 9
-    # The value leaves the real side's constant out. Label columns as far apart as here cost the
-    # distances between features three digits.
-    np.testing.assert_allclose(value, wanted, rtol=3e-4)
+        wanted += mmd.within(a, kernel, estimator="biased") / 9
+        wanted -= 2 * mmd.mean_pairs(a, b, kernel) / 9
+    np.testing.assert_allclose(value, wanted, rtol=1e-5)  # without the real side's constant
 
 
 def test_marginals_do_not_see_labels_and_the_joint_kernel_does():
@@ -241,6 +237,90 @@ def test_groups_keep_the_spread_of_a_class():
     assert slope(0.9) < -0.005 and slope(1.1) > 0.005
 
 
+def test_far_labels_cost_the_features_no_digits():
+    """The energy kernel's gradient against float64, classes a thousand medians apart."""
+    space = mmd.make_space(rows(200), kernel="energy", joint=1000.0, num_classes=2)
+    x, y, labels = rows(40, seed=1), rows(60, seed=2, shift=0.3), jnp.arange(40) % 2
+
+    def value(x):
+        return mmd.discrepancy({"a": space}, {"a": x}, labels, {"a": y}, jnp.arange(60) % 2)[0]
+
+    def wanted():
+        scale = np.asarray(space.scale, np.float64)
+        a, b = (np.asarray(v, np.float64) / scale for v in (x, y))
+        far = 2 * float(space.label_scale) ** 2
+        gradient = np.zeros_like(a)
+        for i in range(40):
+            for others, count, sign, of in ((a, 40 * 39, -1, labels), (b, 40 * 60, 1, None)):
+                told = np.asarray(of if of is not None else np.arange(60) % 2)
+                apart = a[i] - others
+                length = np.sqrt((apart**2).sum(1) + far * (told != int(labels[i])))
+                length[length == 0] = np.inf
+                gradient[i] += sign * 2 * (apart / length[:, None]).sum(0) / count
+        return gradient / scale
+
+    error = np.abs(np.asarray(jax.grad(value)(x)) - wanted()).max()
+    assert error < 1e-5 * np.abs(wanted()).max()
+
+
+def test_bandwidths_are_those_of_all_classes():
+    """Real rows come sorted by class: the first ones are of one."""
+    y = jnp.concatenate([rows(2500, seed=1), rows(2500, seed=2, shift=20.0)])
+    apart = mmd.median_bandwidth(y)
+    assert mmd.median_bandwidth(y[::-1]) == pytest.approx(float(apart), rel=0.1)
+    assert apart > 10
+
+
+def test_spread_sees_a_collapse_beside_far_labels():
+    space = mmd.make_space(rows(200), kernel="energy", joint=64.0, num_classes=2)
+    labels = jnp.arange(40) % 2
+    _, found = mmd.discrepancy({"a": space}, {"a": jnp.ones((40, 4))}, labels,
+                               {"a": rows(60)}, jnp.arange(60) % 2)  # fmt: skip
+    assert found["spread/a"] < 0.01
+
+
+def test_anchor_and_real_side_in_chunks_are_the_whole():
+    """And the anchor keeps the examples' own labels where classes are dealt out."""
+    seen = []
+
+    def anchor(params, batch, key):
+        seen.append(batch["label"])
+        return jnp.square(batch["position"][:, None] * params["w"].sum(0)).mean(), {}
+
+    def real(batch, key):
+        y = jnp.sin(batch["position"][:, None] * jnp.arange(1.0, 5))
+        return {"a": y, "b": y}, batch["label"]
+
+    def gradient(**options):
+        loss = mmd.mmd_loss(linear_generator, spaces(), anchor=anchor, anchor_weight=0.1, **options)
+        return jax.grad(loss, has_aux=True)(PARAMS, batch_of(12), KEY)[0]["w"]
+
+    np.testing.assert_allclose(gradient(real=real, chunks=4), gradient(real=real), rtol=2e-5)
+    seen.clear()
+    gradient(bank=bank(), bank_rows=30, groups=2)
+    np.testing.assert_array_equal(seen[0], batch_of(12)["label"])
+
+
+def test_nystrom_of_repeated_rows_under_the_energy_kernel():
+    """Its gram has no trace, and equal centres make it singular."""
+    y, x = jnp.tile(rows(100, dim=3), (3, 1)), rows(50, dim=3, seed=1, shift=0.5)
+    few = mmd.nystrom(y, mmd.Energy(), 60, KEY)
+    wanted = mmd.mean_pairs(x, y, mmd.Energy())
+    np.testing.assert_allclose(few.mean_pairs(x, mmd.Energy()), wanted, rtol=5e-3)
+
+
+def test_the_mean_of_each_class_is_all_that_a_linear_kernel_needs():
+    y, labels = rows(90, seed=1), jnp.repeat(jnp.arange(3), 30)
+    space = mmd.make_space(y, kernel="linear", joint=2.0, num_classes=3)
+    whole, (x, told) = space.rows(y, labels), (rows(20, seed=2), jnp.arange(20) % 3)
+    x = space.rows(x, told)
+    np.testing.assert_allclose(
+        mmd.mean_row(whole, labels).mean_pairs(x, space.kernel),
+        mmd.mean_pairs(x, whole, space.kernel),
+        rtol=1e-5,
+    )
+
+
 def test_nystrom_and_the_mean_stand_for_all_real_rows():
     y, x = rows(600, dim=3), rows(50, dim=3, seed=1, shift=0.5)
     kernel = mmd.Gaussian(bandwidth=2.0)
@@ -282,6 +362,13 @@ def test_two_euler_steps_of_a_curved_flow_recover_the_target():
                 PARAMS, batch_of(5), KEY
             ),
             "at most 2, so that two",
+        ),
+        (lambda: mmd.mmd_loss(linear_generator, spaces(), bank=bank(), groups=4), "a bank of 3"),
+        (
+            lambda: mmd.mmd_loss(linear_generator, spaces(), bank=bank(), estimator="linear")(
+                PARAMS, batch_of(12), KEY
+            ),
+            "expected unbiased or biased",
         ),
         (lambda: mmd.mmd_loss(linear_generator, spaces(), guidance=(0.5,)), "at least 1"),
         (

@@ -38,7 +38,7 @@ def make_grid(
 
     Args:
         grid: a name of `GRIDS`, or the times themselves (then `num_steps` is their count less one).
-        num_steps: intervals of a named grid.
+        num_steps: intervals of a named grid; not read where the times are given.
         t_max, t_min: its ends.
         shift: the `a` of ``shifted``.
 

@@ -11,7 +11,8 @@ from lfm_jax.errors import UserError
 from lfm_jax.evaluate import frechet_of, metric_name
 from lfm_jax.flow import SOLVERS
 from lfm_jax.jobs import build
-from lfm_jax.jobs.generate import Generator, sample_labels
+from lfm_jax.jobs.asked import sample_labels
+from lfm_jax.jobs.generate import Generator
 from lfm_jax.jobs.judge import Look, judge, of_array, of_source, spread
 from lfm_jax.jobs.watch import write_curve
 from lfm_jax.workdir import Workdir
@@ -31,8 +32,10 @@ def curve(
     params = jax.device_put(params, sharding.state_sharding(params, generator.mesh))
     labels = sample_labels(config)
     name, rows, points = metric_name(real), [], {}
+    # Times are of one number of steps; settings of others take a grid that any number has.
+    grid = generator.solver["grid"] if isinstance(generator.solver["grid"], str) else "uniform"
     for setting in settings:
-        one = dataclasses.replace(generator, solver=generator.solver | setting)
+        one = dataclasses.replace(generator, solver=generator.solver | {"grid": grid} | setting)
         images, stats = one.first(
             params, section.curve_samples, batch_size=config.sample.batch_size, labels=labels
         )

@@ -15,11 +15,10 @@ from jax.sharding import Mesh
 from jaxtyping import Int
 from ml_collections import ConfigDict
 
-from lfm_jax import rng, sharding
-from lfm_jax.errors import UserError, near
-from lfm_jax.flow import SDE_METHODS, SOLVERS
+from lfm_jax import sharding
 from lfm_jax.jobs import build, guide, solve
 from lfm_jax.jobs import condition as conditions
+from lfm_jax.jobs.asked import check_solver, fixed_steps
 from lfm_jax.vae import Codec
 from lfm_jax.workdir import Workdir
 
@@ -55,7 +54,7 @@ class Generator:
         `codec` and `mesh` are the config's own unless given.
         """
         section = config.sample
-        check_solver(section)
+        check_solver(config)
         codec = codec or build.codec(config, workdir)
         return cls(
             model=build.network(config),
@@ -75,7 +74,7 @@ class Generator:
             condition_guidance=section.condition_guidance,
             solver={
                 "solver": section.solver,
-                "num_steps": section.num_steps,
+                "num_steps": fixed_steps(config),
                 "grid": build.grid(section.grid, key="sample.grid"),
                 "rtol": section.rtol,
                 "atol": section.atol,
@@ -142,7 +141,11 @@ class Generator:
         *,
         count: int,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Decoded states and running estimates of the data, ``[n, count, H, W, C]`` uint8 each."""
+        """Decoded states and running estimates of the data, ``[n, count, H, W, C]`` uint8 each.
+
+        Along the fixed steps of the samples, a trained grid's included; where samples are made by
+        error control or with noise on the way, along the grid without either (`solve.snapshots`).
+        """
         places = self._place(indices, np.uint32)
         classes = self._place(labels, np.int32) if self.num_classes else None
         inputs = self._inputs(indices)
@@ -219,81 +222,3 @@ class Generator:
             beyond=tuple(self.beyond.items()),
             condition=condition,
         )
-
-
-def check_solver(section: ConfigDict) -> None:
-    """Refuse names that the compiled program would refuse, before anything is read or trained.
-
-    Raises:
-        UserError: an unknown solver, grid or method.
-    """
-    methods = ("", *(name for name in SDE_METHODS if name != "ddim"))
-    build.grid(section.grid, key="sample.grid")
-    names = {"solver": (*SOLVERS, "ddim"), "sde": methods}
-    for key, known in names.items():
-        if section[key] not in known:
-            raise UserError(
-                f"--config.sample.{key}={section[key]}{near(section[key], known)}: expected one of "
-                + ", ".join(name or '""' for name in known)
-            )
-    adaptive = [name for name, solver in SOLVERS.items() if solver.adaptive]
-    if section.rtol is not None and section.solver not in adaptive:
-        raise UserError(
-            f"--config.sample.solver={section.solver}: it has no error estimate for rtol and atol; "
-            f"expected one of {', '.join(adaptive)}"
-        )
-
-
-def sample_labels(
-    config: ConfigDict, given: conditions.Given | None = None
-) -> Int[np.ndarray, " n"] | None:
-    """The class of every sample index, or None for an unconditional model.
-
-    "balanced" means the classes of the conditions' images where there are conditions.
-
-    Raises:
-        UserError: a class out of range or a list that is not one.
-    """
-    classes, count = config.data.num_classes, config.sample.num_samples
-    if not classes:
-        return None
-    indices = np.arange(count)
-    wanted = config.sample.labels
-    if wanted == "balanced" and given is not None and given.labels is not None:
-        return given.labels[given.numbers(indices)].astype(np.int32)
-    if wanted == "balanced":
-        return (indices % classes).astype(np.int32)
-    if wanted == "uniform":
-        keys = rng.stream_keys(
-            jax.random.key(config.sample.seed), rng.Stream.SAMPLE_LABEL, indices.astype(np.uint32)
-        )
-        return np.asarray(jax.vmap(lambda k: jax.random.randint(k, (), 0, classes))(keys))
-    try:
-        chosen = [int(part) for part in wanted.split(",")]
-    except ValueError as error:
-        raise UserError(
-            f"--config.sample.labels={wanted}: expected balanced, uniform or classes like 3,7"
-        ) from error
-    for label in chosen:
-        if not 0 <= label < classes:
-            raise UserError(
-                f"--config.sample.labels={wanted}: class {label} is not in 0..{classes - 1}"
-            )
-    return np.asarray(chosen, np.int32)[indices % len(chosen)]
-
-
-def class_names(config: ConfigDict, *, most: int = 10) -> list[str]:
-    """Names of the first classes, for the rows of a grid; empty for an unconditional model.
-
-    Where the images are not at hand, which no sampler and no training on a cache needs, their
-    numbers stand for them.
-    """
-    shown = min(config.data.num_classes, most)
-    if not shown:
-        return []
-    try:
-        names = build.images(config, "train").class_names
-    except UserError:
-        given = tuple(config.data.class_names)
-        names = (*given, *map(str, range(len(given), shown)))
-    return list(names[:shown])

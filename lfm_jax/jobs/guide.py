@@ -58,10 +58,13 @@ def check_null_label(config: ConfigDict, workdir: Workdir) -> None:
     """Refuse `config.sample.guidance` for weights that no null label was trained with.
 
     Raises:
-        UserError: such weights and a scale other than 1, where it is not baked into the network.
+        UserError: such weights and a scale other than 1, where the network is not told the scale.
     """
     scale = config.sample.guidance
-    if scale != 1 and not (config.loss == "mmd" and config.mmd.baked):
+    # Of several baked scales the network is told one; a single one is its own, and any scale of the
+    # sampler comes on top.
+    told = config.loss == "mmd" and len(config.mmd.baked) > 1
+    if scale != 1 and not told:
         origin.require_null_label(workdir.root, f"--config.sample.guidance={scale:g}", "1 (off)")
 
 

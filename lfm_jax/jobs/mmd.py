@@ -6,7 +6,6 @@ that did best on validation features, which are neither trained on nor what figu
 """
 
 import functools
-import time
 from typing import Any
 
 import jax
@@ -20,13 +19,13 @@ from lfm_jax.config import to_json
 from lfm_jax.data import open_cache
 from lfm_jax.errors import UserError
 from lfm_jax.flow import draw_latents, flow_matching_loss, make_grid
-from lfm_jax.jobs import build, mmd_bank, mmd_features, origin
+from lfm_jax.jobs import build, mmd_bank, mmd_clock, mmd_features, origin
 from lfm_jax.jobs.fit import fit
 from lfm_jax.jobs.mmd_base import base_params, base_workdir, latents, take_along
 from lfm_jax.jobs.mmd_cost import share_of_base, update_macs
 from lfm_jax.jobs.mmd_monitor import Monitor
 from lfm_jax.models import init_params
-from lfm_jax.state import create_state, make_step
+from lfm_jax.state import TrainState, create_state, make_step
 from lfm_jax.workdir import Workdir
 
 
@@ -35,6 +34,8 @@ def inputs(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     found = open_cache(latents(config, workdir))
     section = build.section(config, "mmd")["mmd"]
     section.pop("networks", None)  # left out where it is unset
+    if config.mmd.decoder == "preview":  # what is free elsewhere decides here
+        section["preview"] = config.autoencoder.preview
     return {
         "base": checkpoints.fingerprint(base_params(config)),
         "cache": found.fingerprint,
@@ -53,11 +54,17 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
             needs = f"--config.mmd.{field}={options[field]:g}"
             origin.require_null_label(base.root, needs, "1 (off)")
     model, key = build.network(config), jax.random.key(config.seed)
-    shape = open_cache(latents(config, workdir), verify=False).latent_shape
-    wanted = jax.eval_shape(lambda: init_params(model, key, shape))
+    found = open_cache(latents(config, workdir), verify=False)
+    if section.mirror and "moments_flip" not in found.features:
+        raise UserError(
+            f"--config.train.mirror=True: {found.folder} holds no mirror images; expected False, "
+            "or a cache that was encoded with encode.mirror=True"
+        )
+    wanted = jax.eval_shape(lambda: init_params(model, key, found.latent_shape))
     origin.check_fits(config.init, params, wanted)
     mmd_features.check_names(options.features)
     times = _grid_times(config, model)
+    layout = sharding.rules(config.mesh.rules)
 
     # ---- from here on the workdir is this run's
     take_along(base, workdir)
@@ -76,7 +83,8 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
         key,
         rank=options.lora_rank,
         times=times,
-        steered=len(steps) > 1 or len(scales) > 1,
+        several_steps=len(steps) > 1,
+        several_scales=len(scales) > 1,
     )
     mask = None if options.trainable == "all" else mmd.trained_mask(options.trainable, tuned)
     rows = functools.partial(
@@ -114,7 +122,6 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
         chunks=options.chunks,
         backward_chunks=options.backward_chunks,
         guidance=scales,
-        self_normalise=options.self_normalise,
         anchor=anchor,
         anchor_weight=options.anchor,
         groups=options.groups,
@@ -126,7 +133,7 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
         names = jax.tree.map(lambda moves: "trained" if moves else "frozen", mask)
         tx = optax.partition({"trained": tx, "frozen": optax.set_to_zero()}, names)
     zeros = functools.partial(jax.tree.map, jnp.zeros_like, tuned)
-    state = create_state(zeros, tx, mesh, ema=section.ema_decay > 0)
+    state = create_state(zeros, tx, mesh, ema=section.ema_decay > 0, rules=layout)
     state = origin.started_from(state, tuned)
     step = make_step(
         loss,
@@ -143,6 +150,8 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
         "seed": config.seed,
         "global_batch": section.batch_size,
     }
+    if options.decoder == "preview":
+        record["decoder"] = config.autoencoder.preview
     monitor = Monitor(
         config=config,
         workdir=workdir,
@@ -150,34 +159,47 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
         judge=judge,
         record=record,
     )
-    begin = time.perf_counter()
-    if options.validate_every:
-        monitor(state, 0)
-    state, figures = fit(
-        "finetune",
-        state,
-        step,
-        build.latents(cache, config, batch_size=section.batch_size),
-        folder=workdir.root / "finetune",
-        logs=workdir.logs,
-        mesh=mesh,
-        steps=section.steps,
-        batch_size=section.batch_size,
-        record=record,
-        config=to_json(config),
-        log_every=section.log_every,
-        save_every=section.save_every,
-        keep=section.keep,
-        skip_nonfinite=section.nonfinite == "skip",
-        watch=monitor if options.validate_every else None,
-        watch_every=options.validate_every,
-    )
-    if not options.validate_every:
-        monitor(state, section.steps, keep=True)
+    clock = mmd_clock.start(workdir, record)
+
+    def watch(state: TrainState, step: int) -> None:
+        monitor(state, step)
+        clock.keep()
+
+    try:
+        if options.validate_every:
+            monitor(state, 0)
+        state, figures = fit(
+            "finetune",
+            state,
+            step,
+            build.latents(cache, config, batch_size=section.batch_size),
+            folder=workdir.root / "finetune",
+            logs=workdir.logs,
+            mesh=mesh,
+            steps=section.steps,
+            batch_size=section.batch_size,
+            record=record,
+            config=to_json(config),
+            log_every=section.log_every,
+            save_every=section.save_every,
+            keep=section.keep,
+            keep_every=section.keep_every,
+            keep_best=section.keep_best,
+            skip_nonfinite=section.nonfinite == "skip",
+            profile_steps=tuple(section.profile_steps),
+            watch=watch if options.validate_every else None,
+            watch_every=options.validate_every,
+        )
+        if not options.validate_every:
+            monitor(state, section.steps, keep=True)
+    finally:
+        clock.keep()
+    monitor.compare_with_base()
     chosen = checkpoints.load_params(workdir.checkpoints)
     return {
         **figures,
-        "seconds_of_updates": time.perf_counter() - begin,  # compilation and validation included
+        # Compilation and validation included, and what the processes before this one took.
+        "seconds_of_updates": clock.seconds(),
         "num_steps": options.num_steps,
         "more_steps": list(options.more_steps),
         "solver": options.solver,

@@ -1,9 +1,11 @@
 """Feature rows of real examples (or a teacher's), and the standardised spaces that they make."""
 
 import dataclasses
+import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,10 +19,12 @@ from lfm_jax.data import ImageSource, LatentCache
 from lfm_jax.errors import UserError
 from lfm_jax.flow import NetworkVelocity, classifier_free, draw_latents, sample
 from lfm_jax.jobs import build
+from lfm_jax.mmd.features import shared_leaves
 from lfm_jax.models import Cond
 from lfm_jax.vae import Codec
 from lfm_jax.workdir import Workdir
 
+_PLAIN = (bool, int, float, str, tuple, np.dtype, type(None))
 BATCH = 250  # rows a program, of real examples as of validation
 
 
@@ -42,9 +46,11 @@ def real_bank(
     options = config.mmd
     made_of = {
         "cache": cache.fingerprint,
+        "crop": build.crop(config),
+        "mirror": config.train.mirror,
         "size": options.bank_size,
         "target": options.target,
-        "maps": [_identity(feature_map) for feature_map in maps],
+        "maps": [identity(feature_map) for feature_map in maps],
         "image_size": config.data.image_size,
         "by_class": bool(options.groups),
         "seed": config.seed,
@@ -75,11 +81,32 @@ def shuffled(cache: LatentCache) -> np.ndarray:
     return np.random.default_rng(12345).permutation(len(cache))
 
 
-def _identity(feature_map: Any) -> str:
-    """What a map's rows depend on."""
+def identity(feature_map: Any) -> str:
+    """What a map's rows depend on: its arrays, and all that is said beside them."""
     leaves = jax.tree.map(np.asarray, feature_map)
-    static = [feature_map.name, str(getattr(feature_map, "entries", ""))]
-    return f"{static} {checkpoints.fingerprint(jax.tree.leaves(leaves))}"
+    said = json.dumps(_said(feature_map), sort_keys=True)
+    return f"{said} {checkpoints.fingerprint(jax.tree.leaves(leaves))}"
+
+
+def _said(part: Any) -> Any:
+    """The fields of a map, its codec, extractor and network that are no arrays, as JSON.
+
+    Of those a network has only plain values: the text of a function is another in each process.
+    """
+    if isinstance(part, nn.Module):
+        fields = {f.name: getattr(part, f.name) for f in dataclasses.fields(part)}
+        plain = {k: str(v) for k, v in fields.items() if isinstance(v, _PLAIN)}
+        return {"network": type(part).__name__, **plain}
+    if not dataclasses.is_dataclass(part):
+        return str(part)
+    found = {}
+    for field in dataclasses.fields(part):
+        value = getattr(part, field.name)
+        # How many images are decoded at a time changes none of them.
+        static = not field.metadata.get("pytree_node", True) and field.name != "slice_size"
+        if static or dataclasses.is_dataclass(value):
+            found[field.name] = _said(value)
+    return found
 
 
 def _teacher(config: ConfigDict, model: Any, params: Any, shape: tuple) -> Callable:
@@ -111,25 +138,38 @@ def feature_rows(
     """Rows ``[n, d]`` of all `maps` on the examples `chosen`, and their labels.
 
     `n` is filled up to whole batches. With a `teacher` the rows are of its latents in their place.
+    Where training mirrors, half of the examples are mirrored here as well, by their number, images
+    and latents alike.
     """
-    classes = config.data.num_classes
+    classes, mirror = config.data.num_classes, config.train.mirror
     use_images = config.mmd.target == "images" and any(isinstance(m, mmd.Decoded) for m in maps)
     source: ImageSource | None = build.images(config, "train") if use_images else None
+    arrays, maps_of = shared_leaves(maps)
 
     @jax.jit
     def latents_of(moments, index):
         return draw_latents(
-            {"moments": moments, "position": index},
+            {**moments, "position": index},
             jax.random.key(config.seed + 3),
             scale=codec.scale,
             shift=codec.shift,
+            mirror=mirror,
         )
 
     @jax.jit
-    def embed(maps, latents, labels, index, images):
-        keys = rng.stream_keys(jax.random.key(config.seed + 4), rng.Stream.MMD, index)
-        return mmd.all_features(maps, latents, labels if classes else None, keys, images)
+    def mirrored(images, index):
+        # The coins of `draw_latents`: an image and its latent are of one side.
+        keys = rng.stream_keys(jax.random.key(config.seed + 3), rng.Stream.MIRROR, index)
+        coin = rng.uniform(keys) < 0.5
+        return jnp.where(coin[:, None, None, None], images[:, :, ::-1], images)
 
+    @jax.jit
+    def embed(arrays, latents, labels, index, images):
+        keys = rng.stream_keys(jax.random.key(config.seed + 4), rng.Stream.MMD, index)
+        found = labels if classes else None
+        return mmd.all_features(maps_of(arrays), latents, found, keys, images)
+
+    kinds = ("moments", "moments_flip") if mirror else ("moments",)
     parts, labels = [], []
     chosen = np.resize(chosen, -(-len(chosen) // BATCH) * BATCH)
     for start in tqdm(
@@ -144,13 +184,15 @@ def feature_rows(
         shown = np.where(label < 0, classes, label)
         index = jnp.asarray(at, jnp.uint32)
         if teacher is None:
-            drawn = latents_of(jnp.asarray(batch["moments"]), index)
+            moments = {k: jnp.asarray(v) for k, v in batch.items() if k in kinds}
+            drawn = latents_of(moments, index)
         else:
             drawn = teacher(index, jnp.asarray(shown))
         images = None
         if source is not None:
             images = jnp.asarray(source.batch(batch["index"])["image"])
-        found = embed(list(maps), drawn, jnp.asarray(shown), index, images)
+            images = mirrored(images, index) if mirror else images
+        found = embed(arrays, drawn, jnp.asarray(shown), index, images)
         parts.append({name: np.asarray(rows) for name, rows in found.items()})
         labels.append(label)
     rows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -182,7 +224,7 @@ def feature_spaces(config: ConfigDict, bank: mmd.Bank) -> dict[str, mmd.Space]:
         )
         rows = space.rows(bank.rows[name], bank.labels)
         if options.real == "mean":
-            space = dataclasses.replace(space, attraction=mmd.mean_row(rows))
+            space = dataclasses.replace(space, attraction=mmd.mean_row(rows, bank.labels))
         elif options.real == "nystrom":
             key = jax.random.key(config.seed + 5)
             landmarks = min(options.landmarks, len(rows))

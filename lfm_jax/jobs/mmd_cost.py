@@ -20,12 +20,12 @@ def update_macs(config: ConfigDict, model: Any, maps: list, latent_shape: tuple)
 
     A differentiated step costs four forward passes (forward, again, and twice backward; the kept
     Euler steps three), a step before a truncation one, gradcache one more; a feature network two
-    (forward, and backward to its input). Validation: one of all of them a sample.
+    (forward, and backward to its input), one more of gradcache, and one of real examples that come
+    with the batch. Validation: one of all of them a sample.
     """
     options = config.mmd
-    solver = "euler" if options.solver == "ddim" else options.solver
+    evaluations, guided = _evaluations(options)
     steps = (options.num_steps, *options.more_steps)
-    evaluations = get_solver(solver).evaluations
     passes = []
     for count in steps:
         through = min(options.backprop_steps or count, count)
@@ -33,12 +33,12 @@ def update_macs(config: ConfigDict, model: Any, maps: list, latent_shape: tuple)
         kept = min(options.kept_steps, through) if options.solver == "euler" else 0
         again = (options.chunks > 1) * count
         passes.append(evaluations * (count - through + 4 * through + again) - kept)
-    guided = 2 if options.guidance != 1 else 1
     network = guided * float(np.mean(passes)) * forward_macs(model, latent_shape)
     if options.anchor:
         network += 3 * forward_macs(model, latent_shape)
     features = _feature_macs(maps, latent_shape, config.data.num_classes)
-    return int(config.train.batch_size * (network + 2 * features))
+    seen = 2 + (options.chunks > 1) + (options.real == "batch")
+    return int(config.train.batch_size * (network + seen * features))
 
 
 def share_of_base(
@@ -52,11 +52,19 @@ def share_of_base(
     updates = config.train.steps * update_macs(config, model, maps, latent_shape)
     options, validation = config.mmd, 0
     if options.validate_every:
-        network = sum((options.num_steps, *options.more_steps)) * forward_macs(model, latent_shape)
+        evaluations, guided = _evaluations(options)
+        calls = guided * evaluations * sum((options.num_steps, *options.more_steps))
         features = _feature_macs(maps[:1], latent_shape, config.data.num_classes)
         rounds = config.train.steps // options.validate_every + 1
+        network = calls * forward_macs(model, latent_shape)
         validation = rounds * options.validate_samples * (network + features)
     return (updates + validation) / whole
+
+
+def _evaluations(options: ConfigDict) -> tuple[int, int]:
+    """Velocities a solver step, and network calls a velocity."""
+    solver = "euler" if options.solver == "ddim" else options.solver
+    return get_solver(solver).evaluations, 2 if options.guidance != 1 else 1
 
 
 def _feature_macs(maps: Sequence[Any], latent_shape: tuple[int, int, int], classes: int) -> int:

@@ -17,7 +17,7 @@ from lfm_jax import mmd, sharding
 from lfm_jax.data import LatentCache
 from lfm_jax.errors import UserError
 from lfm_jax.evaluate import FeatureStatistics
-from lfm_jax.features import PUBLISHED, open_extractor
+from lfm_jax.features import PUBLISHED, Extractor, open_extractor
 from lfm_jax.jobs import build
 from lfm_jax.jobs.mmd_bank import BATCH, feature_rows, networks_folder, shuffled
 from lfm_jax.vae import Codec
@@ -73,6 +73,8 @@ def feature_maps(
         UserError: a network that does not take these images.
     """
     options, data = config.mmd, config.data
+    # The judge sees what sampling will show: whole decodings, whatever the loss looks through.
+    decoder = build.preview_codec(config, codec) if options.decoder == "preview" else codec
     maps, notes = [], {}
     train = functools.partial(_network, config, workdir, codec, cache)
     for name in options.features:
@@ -81,7 +83,7 @@ def feature_maps(
             for i, seed in enumerate(options.network_seeds):
                 sizes = shapes[i % len(shapes)]
                 network, weights, notes[f"{name}-{seed}"] = train(name, seed, sizes)
-                maps.append(_trained_map(config, codec, name, seed, network, weights))
+                maps.append(_trained_map(config, decoder, name, seed, network, weights))
         elif name == "tokens":
             maps.append(
                 mmd.BackboneTokens(
@@ -96,12 +98,23 @@ def feature_maps(
         elif name == "random":
             maps.append(mmd.random_maps(jax.random.key(config.seed), codec.latent_channels))
         else:
-            extractor = open_extractor(name, weights=options.weights_file or "")
-            maps.append(mmd.Decoded(codec=codec, extractor=extractor, name=name))
+            extractor = to_differentiate(open_extractor(name, weights=options.weights_file or ""))
+            maps.append(mmd.Decoded(codec=decoder, extractor=extractor, name=name))
     for feature_map in maps:
         if isinstance(feature_map, mmd.Decoded):
             feature_map.check(data.image_size, data.channels)
     return maps, _judge(config, codec, cache, train, notes), notes
+
+
+def to_differentiate(extractor: Extractor) -> Extractor:
+    """A published extractor behind a resize rule that is antialiased and not clipped.
+
+    The rules that they are judged by are not made for gradients: two taps (``tf1``, ``torch``) pass
+    by every pixel between them when an image shrinks, and what ``clean`` clips has no slope.
+    """
+    if extractor.resize == "none":
+        return extractor
+    return dataclasses.replace(extractor, resize="bicubic")
 
 
 def _trained_map(config, codec, name, seed, network, weights):

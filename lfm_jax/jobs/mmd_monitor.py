@@ -28,7 +28,8 @@ class Monitor:
 
     Called as ``monitor(state, step)``; the noises are the same every time. The score is the Frechet
     distance of the judge's features to real ones, averaged over the numbers of steps in the
-    logarithm. A spread of the samples below ``config.mmd.collapse`` times the real one ends it.
+    logarithm. A spread of the samples below ``config.mmd.collapse`` times the real one ends the
+    run before that snapshot is kept, with ``keep`` too: the state is in ``finetune/`` all the same.
     """
 
     def __init__(
@@ -77,14 +78,33 @@ class Monitor:
             raise FloatingPointError(
                 f"finetune: collapse at step {step}: samples spread {entry['spread']:.2f} times "
                 f"as far as real ones, below --config.mmd.collapse={self.config.mmd.collapse:g}; "
-                f"the snapshot of step {checkpoints.latest_step(self.workdir.checkpoints)} is kept"
+                f"{self._left()}"
             )
-        # Step 0 is the base itself: a score to beat, not a snapshot.
+        # Step 0 is the base itself: no snapshot, and none has to beat it, so that there always is
+        # one. `compare_with_base` says so where the one that was kept does not.
         if keep or (step and entry["score"] <= (1 + _NOISE) * best):
             self._save(params, step)
         # After the snapshot: a run that is killed between the two measures this step again.
         if sharding.is_main_process():
             write_json(self._log, {"record": self.record, "validation": self.history})
+
+    def compare_with_base(self) -> None:
+        """Warn where the snapshot that was kept scores worse than the base did."""
+        scores = {entry["step"]: entry["score"] for entry in self.history}
+        kept = checkpoints.latest_step(self.workdir.checkpoints)
+        if kept in scores and scores[kept] > scores.get(0, np.inf) and sharding.is_main_process():
+            logging.warning(
+                "finetune: the snapshot of step %d scores %.4f on validation features, worse than "
+                "the %.4f of the same few steps before finetuning",
+                *(kept, scores[kept], scores[0]),
+            )
+
+    def _left(self) -> str:
+        """What there is after a collapse."""
+        kept = checkpoints.latest_step(self.workdir.checkpoints)
+        state = checkpoints.latest_step(self.workdir.root / "finetune")
+        words = "no snapshot was kept" if kept is None else f"the snapshot of step {kept} is kept"
+        return words if state is None else f"{words}, finetune/ holds the state of step {state}"
 
     def _save(self, params: Any, step: int) -> None:
         snapshot = TrainState(step=jnp.int32(step), params=_final(params), opt_state=(), ema=None)

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from lfm_jax import sharding
-from lfm_jax.jobs import build, finish, generate, judge
+from lfm_jax.jobs import asked, build, finish, judge
 from lfm_jax.workdir import Workdir, is_done
 
 _STAGES = ("autoencode", "encode", "train", "sample", "evaluate")
@@ -37,7 +37,7 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     """Run each stage unless its result stands and its inputs are the same."""
     # A name that a later stage would refuse is refused before an earlier one has run for an hour.
     build.network(config)
-    generate.check_solver(config.sample)
+    asked.check_solver(config)
     judge.check_names(config)
     seconds, results = {}, {}
     for name in stages(config):

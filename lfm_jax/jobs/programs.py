@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from lfm_jax import aot, mmd, sharding
 from lfm_jax.flow.solvers import get_solver
 from lfm_jax.jobs import build
+from lfm_jax.jobs.asked import fixed_steps
 from lfm_jax.jobs.generate import Generator
 from lfm_jax.jobs.mmd_cost import update_macs
 from lfm_jax.jobs.train import objective
@@ -153,7 +154,7 @@ def _network_macs(config: ConfigDict, generator: Generator) -> int:
     """Multiply-adds of one sample's solve; of an adaptive one, those of `num_steps` steps."""
     section = config.sample
     solver = "euler" if section.solver == "ddim" or section.sde else section.solver
-    calls = section.num_steps * get_solver(solver).evaluations
+    calls = fixed_steps(config) * get_solver(solver).evaluations
     guided = config.data.num_classes and section.guidance != 1
     return calls * (2 if guided else 1) * forward_macs(generator.model, generator.latent_shape)
 

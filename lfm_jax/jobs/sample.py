@@ -22,8 +22,9 @@ from lfm_jax.config import content_hash
 from lfm_jax.evaluate import write_samples
 from lfm_jax.flow import describe_failure
 from lfm_jax.jobs import build, guide, pictures, watch
+from lfm_jax.jobs.asked import fixed_steps, sample_labels
 from lfm_jax.jobs.condition import Given, given_grid
-from lfm_jax.jobs.generate import Generator, sample_labels
+from lfm_jax.jobs.generate import Generator
 from lfm_jax.workdir import Workdir
 from lfm_jax.writers import save_image, write_bytes
 
@@ -79,7 +80,7 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
         "checkpoint_step": step,
         "ema": section.ema,
         "solver": section.solver,
-        "num_steps": None if section.rtol else section.num_steps,
+        "num_steps": None if section.rtol else fixed_steps(config),
         "grid": None if section.rtol else section.grid,
         "rtol": section.rtol,
         "guidance": section.guidance,

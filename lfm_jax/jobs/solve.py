@@ -10,11 +10,25 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from lfm_jax import mmd, rng
 from lfm_jax.conditions import Condition, encoded, guided
-from lfm_jax.flow import NetworkVelocity, classifier_free, sample, sample_sde, slerp, trajectory
+from lfm_jax.errors import UserError
+from lfm_jax.flow import (
+    NetworkVelocity,
+    classifier_free,
+    data_estimate,
+    sample,
+    sample_sde,
+    slerp,
+    trajectory,
+)
+from lfm_jax.flow.ode import solve_fixed
+from lfm_jax.flow.solvers import get_solver
 from lfm_jax.jobs import guide
+from lfm_jax.mmd.generator import Scaled
 from lfm_jax.models import Cond
 from lfm_jax.vae import Codec, to_uint8
 
@@ -54,6 +68,8 @@ def _start(
         params, trained, guidance["scale"] = mmd.deploy_sampler(
             params, num_steps=solver["num_steps"], guidance=guidance["scale"]
         )
+        if trained is not None:
+            _check_fixed(solver)
         solver["trained_solver"] = trained
     noise = rng.normal(plan.keys(rng.Stream.SAMPLE, indices), plan.latent_shape)
     cond = Cond(label=labels)
@@ -76,6 +92,16 @@ def _start(
             velocity, network, beside, labels, **how, rescale=rescale, **beyond
         )
     return velocity, noise, solver
+
+
+def _check_fixed(solver: dict[str, Any]) -> None:
+    """Refuse solves that would pass by the trained steps of a checkpoint."""
+    for key, off in (("sde", ""), ("rtol", None)):
+        if solver[key] != off:
+            raise UserError(
+                f"--config.sample.{key}={solver[key]}: this checkpoint has a trained grid of fixed "
+                f"steps; expected {key} to be left out"
+            )
 
 
 def _guide(
@@ -135,14 +161,46 @@ def _solve(velocity, noise, indices, plan: Plan, solver: dict) -> tuple[Any, dic
 
 @partial(jax.jit, static_argnums=(0, 1))
 def snapshots(plan: Plan, count: int, codec: Codec, params: Any, indices, labels, inputs, beside):
-    """Decoded states along the way, and the estimates of the data there."""
+    """Decoded states along the way, and the estimates of the data there.
+
+    The way is that of the fixed steps, along the trained grid with its scales where there is one.
+    Of `ddim` it is Euler's along the same grid, which is the same for an eta of 0; noise on the way
+    is left out, there and under `sde`, and so is error control.
+    """
     velocity, noise, solver = _start(plan, params, indices, labels, inputs, beside)
     fixed = {key: solver[key] for key in ("solver", "num_steps", "grid")}
-    grid = solver["grid"]
-    stops = solver["num_steps"] + 1 if isinstance(grid, str) else len(grid)
-    path = trajectory(velocity, noise, count=min(count, stops), **fixed)
+    if fixed["solver"] == "ddim":
+        fixed["solver"] = "euler"
+    count = min(count, fixed["num_steps"] + 1)
+    trained = solver.get("trained_solver")
+    if trained is None:
+        path = trajectory(velocity, noise, count=count, **fixed)
+    else:
+        del fixed["grid"]
+        path = _along_trained(velocity, noise, trained, count=count, **fixed)
 
     def pictures(latents):
         return jax.lax.map(lambda z: to_uint8(codec.decode(z)), latents)
 
     return pictures(path["x"]), pictures(path["data"])
+
+
+def _along_trained(
+    velocity: Any, noise: Any, trained: dict, *, count: int, solver: str, num_steps: int
+) -> dict[str, jax.Array]:
+    """`trajectory` along trained steps.
+
+    Its times are parameters, not known when the program is compiled. Each state is solved for from
+    the noise on: the steps are few, and a solver with a memory keeps it.
+    """
+    times = mmd.solver_times(trained, num_steps, t_max=velocity.t_max)
+    velocity = Scaled(inner=velocity, times=times, scales=trained["scales"])
+    states, data = [], []
+    for stop in np.round(np.linspace(0, num_steps, count)).astype(int):
+        x = noise
+        if stop:
+            x, _ = solve_fixed(velocity, noise, times[: stop + 1], get_solver(solver))
+        t = jnp.broadcast_to(times[stop], noise.shape[:1])
+        states.append(x)
+        data.append(data_estimate(x, t, velocity(x, t)))
+    return {"x": jnp.stack(states), "data": jnp.stack(data)}

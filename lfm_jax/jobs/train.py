@@ -17,8 +17,9 @@ from lfm_jax.errors import UserError
 from lfm_jax.flow import flow_matching_loss
 from lfm_jax.jobs import build, mmd, mmd_base, origin, watch
 from lfm_jax.jobs import condition as conditions
+from lfm_jax.jobs.asked import class_names
 from lfm_jax.jobs.fit import fit
-from lfm_jax.jobs.generate import Generator, class_names
+from lfm_jax.jobs.generate import Generator
 from lfm_jax.models import count_params, forward_macs, init_params
 from lfm_jax.state import Loss, Params, TrainState, create_state, make_step
 from lfm_jax.vae import Codec

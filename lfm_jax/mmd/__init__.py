@@ -32,6 +32,7 @@ from lfm_jax.mmd.kernels import (
     Energy,
     Gaussian,
     InverseMultiquadric,
+    Joint,
     Laplace,
     Mixture,
     Polynomial,
@@ -40,8 +41,9 @@ from lfm_jax.mmd.kernels import (
     median_bandwidth,
     mixture,
 )
-from lfm_jax.mmd.loss import Space, discrepancy, make_space, mmd_loss
+from lfm_jax.mmd.loss import mmd_loss
 from lfm_jax.mmd.rows import row_generator
+from lfm_jax.mmd.spaces import Space, discrepancy, make_space
 from lfm_jax.mmd.trained import (
     FEW_STEP,
     TRAINABLE,
@@ -68,6 +70,7 @@ __all__ = [
     "FeatureEncoder",
     "Gaussian",
     "InverseMultiquadric",
+    "Joint",
     "Laplace",
     "LatentMaps",
     "Mixture",

@@ -50,16 +50,22 @@ class Bank:
         """Rows."""
         return len(self.labels)
 
+    @property
+    def num_classes(self) -> int:
+        """Classes, 0 where there are none."""
+        return len(self.starts) - 1
+
     def draw(
         self, key: Key[Array, ""], count: int, classes: Integer[Array, " g"] | None = None
     ) -> tuple[dict[str, Float[Array, "k _"]], Integer[Array, " k"]]:
-        """`count` random rows of each space and their labels; of `classes` alone if given (equally
-        many each, with replacement)."""
+        """`count` random rows of each space and their labels; of `classes` alone if given.
+
+        One of each of `count` equal stretches of the sorted rows, so that every class keeps its
+        share; of given classes equally many each, with replacement.
+        """
         if classes is None:
             if count >= self.count:
                 return self.rows, self.labels
-            # Without replacement up to a random rotation of the sorted rows: every class keeps its
-            # share, which random draws would not.
             offset = jax.random.uniform(key, (count,)) + jnp.arange(count)
             index = jnp.minimum((offset * (self.count / count)).astype(int), self.count - 1)
         else:
@@ -67,7 +73,9 @@ class Bank:
             each = count // len(classes)
             low, high = starts[classes], starts[classes + 1]
             place = jax.random.uniform(key, (len(classes), each))
-            index = (low[:, None] + place * (high - low)[:, None]).astype(int).reshape(-1)
+            # Rounded before it is added: a sum in float32 may round up into the next class.
+            within = (place * (high - low)[:, None]).astype(int)
+            index = (low[:, None] + jnp.minimum(within, (high - low)[:, None] - 1)).reshape(-1)
         return {name: rows[index] for name, rows in self.rows.items()}, self.labels[index]
 
 
@@ -167,9 +175,13 @@ class Weighted:
         return (kernel(x, self.rows) @ self.weights).mean()
 
 
-def mean_row(y: Float[Array, "n d"]) -> Weighted:
-    """All that a linear kernel needs of `y`."""
-    return Weighted(rows=y.mean(0, keepdims=True), weights=jnp.ones(1))
+def mean_row(y: Float[Array, "n d"], labels: Integer[Array, " n"] | None = None) -> Weighted:
+    """All that a linear kernel needs of `y`: its mean, or that of each class with its share."""
+    if labels is None:
+        return Weighted(rows=y.mean(0, keepdims=True), weights=jnp.ones(1))
+    present, counts = np.unique(np.asarray(labels), return_counts=True)
+    means = jnp.stack([y[np.asarray(labels) == label].mean(0) for label in present])
+    return Weighted(rows=means, weights=jnp.asarray(counts / len(y), jnp.float32))
 
 
 def nystrom(
@@ -207,5 +219,6 @@ def nystrom(
     blocks = [y[i : i + block] for i in range(0, len(y), block)]
     mean = sum(np.asarray(kernel(centres, part).sum(1), np.float64) for part in blocks) / len(y)
     gram = np.asarray(kernel(centres, centres), np.float64)
-    weights = np.linalg.solve(gram + ridge * np.trace(gram) / landmarks * np.eye(landmarks), mean)
+    # By the entries' size and not by the trace, which the energy kernel does not have.
+    weights = np.linalg.solve(gram + ridge * np.abs(gram).mean() * np.eye(landmarks), mean)
     return Weighted(rows=centres, weights=jnp.asarray(weights, jnp.float32))

@@ -13,7 +13,7 @@ own images are at hand they are the better target, because the generator can the
 for what the autoencoder loses.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import flax.linen as nn
@@ -186,6 +186,24 @@ def random_maps(key: Key[Array, ""], channels: int, *, width: int = 64) -> Rando
     return RandomMaps(kernels=kernels)
 
 
+def shared_leaves(
+    maps: Sequence[FeatureMap],
+) -> tuple[list[Any], Callable[[Sequence[Any]], list[FeatureMap]]]:
+    """The arrays of `maps`, each once, and what makes the maps of them again.
+
+    For passing maps to a compiled function: arguments are new arrays there, so that a codec that
+    came along with two maps would be two, and decode twice.
+    """
+    leaves, structure = jax.tree.flatten(list(maps))
+    once = {id(leaf): leaf for leaf in leaves}
+    places = {key: place for place, key in enumerate(once)}
+
+    def maps_of(given: Sequence[Any]) -> list[FeatureMap]:
+        return structure.unflatten([given[places[id(leaf)]] for leaf in leaves])
+
+    return list(once.values()), maps_of
+
+
 def all_features(
     maps: Sequence[FeatureMap],
     latents: Float[Array, "b h w c"],
@@ -193,8 +211,10 @@ def all_features(
     keys: Key[Array, " b"],
     images: UInt8[Array, "b H W C"] | None = None,
 ) -> Rows:
-    """Rows of all `maps`; decoded once for all that share a codec, not at all where there are
-    `images`.
+    """Rows of all `maps`; decoded once for all whose codecs have the same arrays, not at all where
+    there are `images`.
+
+    Inside `jax.jit` that holds for maps that are closed over; for arguments see `shared_leaves`.
 
     Raises:
         UserError: two maps with one name.

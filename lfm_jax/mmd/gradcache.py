@@ -1,5 +1,6 @@
 """GradCache: a loss over the pairs of a large batch at the memory of a small one."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -42,17 +43,10 @@ def gradcache(
     if not 0 <= backward <= chunks:
         raise UserError(f"backward_chunks: {backward} is not in 0..{chunks}")
 
-    # Strided, not blocked: a chunk then keeps an equal part of every device's examples.
-    def split(x):
-        return jnp.swapaxes(x.reshape(count // chunks, chunks, *x.shape[1:]), 0, 1)
-
-    def join(x):
-        return jnp.swapaxes(x, 0, 1).reshape(count, *x.shape[2:])
+    split = functools.partial(_split, chunks=chunks)
 
     def all_rows(params, batch, key):
-        parts = jax.tree.map(split, batch)
-        rows, labels = jax.lax.map(lambda part: generator(params, part, key), parts)
-        return jax.tree.map(join, rows), jax.tree.map(join, labels)
+        return in_chunks(lambda part: generator(params, part, key), batch, chunks)
 
     @jax.custom_vjp
     def value(params, batch, key):
@@ -85,3 +79,26 @@ def gradcache(
 
     value.defvjp(forward, back)
     return value(params, batch, key)
+
+
+def in_chunks(part: Callable[[Any], Any], batch: Any, chunks: int, *, join: bool = True) -> Any:
+    """``part(batch)`` one chunk at a time, on the way back too.
+
+    Args:
+        part: from a chunk of `batch` (a pytree of ``[count, ...]``) to a pytree of ``[k, ...]``.
+        join: put the chunks' rows back into the batch's order; else they are stacked.
+    """
+    if chunks == 1:
+        return part(batch) if join else jax.tree.map(lambda x: x[None], part(batch))
+    parts = jax.tree.map(functools.partial(_split, chunks=chunks), batch)
+    found = jax.lax.map(jax.checkpoint(part), parts)
+    return jax.tree.map(_join, found) if join else found
+
+
+# Strided, not blocked: a chunk then keeps an equal part of every device's examples.
+def _split(x: Array, chunks: int) -> Array:
+    return jnp.swapaxes(x.reshape(len(x) // chunks, chunks, *x.shape[1:]), 0, 1)
+
+
+def _join(x: Array) -> Array:
+    return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])

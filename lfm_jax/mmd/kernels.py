@@ -6,6 +6,8 @@
     energy       -|x - y|                           its MMD^2 is the energy distance
     imq          (1 + |x - y|^2 / s^2)^(-1/2)       inverse multiquadric: heavy tails
 
+and `Joint` of any of them on rows that carry labels.
+
 Aiello et al. 2023 ("Fast Inference in Denoising Diffusion Models via MMD Finetuning") use the
 cubic one, the linear one and one Gaussian with ``s^2 = d / 2``. A bandwidth ``s`` is a leaf of the
 pytree: `median_bandwidth` of real features is the usual choice, and `mixture` spreads it over
@@ -21,6 +23,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from lfm_jax.errors import UserError
@@ -50,7 +53,10 @@ def squared_distances(x: Float[Array, "m d"], y: Float[Array, "n d"]) -> Float[A
 
 def distances(x: Float[Array, "m d"], y: Float[Array, "n d"]) -> Float[Array, "m n"]:
     """``|x_i - y_j|`` with gradient 0 where two rows coincide."""
-    square = squared_distances(x, y)
+    return _root(squared_distances(x, y))
+
+
+def _root(square: Array) -> Array:
     apart = square > 0
     return jnp.where(apart, jnp.sqrt(jnp.where(apart, square, 1.0)), 0.0)
 
@@ -74,8 +80,11 @@ class Gaussian:
 
     bandwidth: Any
 
+    def of_squares(self, square: Float[Array, "m n"]) -> Float[Array, "m n"]:
+        return jnp.exp(-square / (2 * jnp.square(self.bandwidth)))
+
     def __call__(self, x: Float[Array, "m d"], y: Float[Array, "n d"]) -> Float[Array, "m n"]:
-        return jnp.exp(-squared_distances(x, y) / (2 * jnp.square(self.bandwidth)))
+        return self.of_squares(squared_distances(x, y))
 
 
 @flax.struct.dataclass
@@ -84,16 +93,22 @@ class Laplace:
 
     bandwidth: Any
 
+    def of_squares(self, square: Float[Array, "m n"]) -> Float[Array, "m n"]:
+        return jnp.exp(-_root(square) / self.bandwidth)
+
     def __call__(self, x: Float[Array, "m d"], y: Float[Array, "n d"]) -> Float[Array, "m n"]:
-        return jnp.exp(-distances(x, y) / self.bandwidth)
+        return self.of_squares(squared_distances(x, y))
 
 
 @flax.struct.dataclass
 class Energy:
     """``-|x - y|``: conditionally positive definite, which is all that MMD needs."""
 
+    def of_squares(self, square: Float[Array, "m n"]) -> Float[Array, "m n"]:
+        return -_root(square)
+
     def __call__(self, x: Float[Array, "m d"], y: Float[Array, "n d"]) -> Float[Array, "m n"]:
-        return -distances(x, y)
+        return self.of_squares(squared_distances(x, y))
 
 
 @flax.struct.dataclass
@@ -102,8 +117,11 @@ class InverseMultiquadric:
 
     bandwidth: Any
 
+    def of_squares(self, square: Float[Array, "m n"]) -> Float[Array, "m n"]:
+        return jax.lax.rsqrt(1 + square / jnp.square(self.bandwidth))
+
     def __call__(self, x: Float[Array, "m d"], y: Float[Array, "n d"]) -> Float[Array, "m n"]:
-        return jax.lax.rsqrt(1 + squared_distances(x, y) / jnp.square(self.bandwidth))
+        return self.of_squares(squared_distances(x, y))
 
 
 @flax.struct.dataclass
@@ -116,6 +134,40 @@ class Mixture:
     def __call__(self, x: Float[Array, "m d"], y: Float[Array, "n d"]) -> Float[Array, "m n"]:
         terms = zip(self.weights, self.kernels, strict=True)
         return functools.reduce(operator.add, (w * kernel(x, y) for w, kernel in terms))
+
+
+@flax.struct.dataclass
+class Joint:
+    """A kernel on rows whose last columns are a label: of features and labels jointly.
+
+    A kernel of a distance takes ``|x - y|^2 + |l - l'|^2`` (for a Gaussian the product of two
+    kernels), a polynomial is multiplied by ``exp(-|l - l'|^2 / (2 length^2))``: as a summand under
+    its power, the label would not enter a linear kernel's gradient at all. The two distances are
+    computed apart: in one, large labels would leave the features few digits.
+
+    Attributes:
+        kernel: of the features.
+        length: unit of the labels' distance, for polynomials.
+        columns: of the label.
+    """
+
+    kernel: Any
+    length: Any
+    columns: int = flax.struct.field(pytree_node=False)
+
+    def __call__(self, x: Float[Array, "m d"], y: Float[Array, "n d"]) -> Float[Array, "m n"]:
+        (x, told), (y, other) = ((a[:, : -self.columns], a[:, -self.columns :]) for a in (x, y))
+        apart = squared_distances(told, other)
+        return _joint(self.kernel, x, y, apart, self.length)
+
+
+def _joint(kernel: Kernel, x: Array, y: Array, apart: Array, length: Any) -> Array:
+    if isinstance(kernel, Mixture):
+        terms = zip(kernel.weights, kernel.kernels, strict=True)
+        return sum((w * _joint(k, x, y, apart, length) for w, k in terms), jnp.zeros(()))
+    if isinstance(kernel, Polynomial):
+        return kernel(x, y) * jnp.exp(-apart / (2 * jnp.square(length)))
+    return kernel.of_squares(squared_distances(x, y) + apart)
 
 
 def mixture(kernels: Sequence[Kernel], weights: Sequence[float | int] = ()) -> Mixture:
@@ -133,15 +185,20 @@ def mixture(kernels: Sequence[Kernel], weights: Sequence[float | int] = ()) -> M
     return Mixture(kernels=tuple(kernels), weights=weights)
 
 
+def evenly(x: Float[Array, "n d"], most: int) -> Float[Array, "k d"]:
+    """At most `most` rows of `x` at equal distances: rows sorted by class keep their shares."""
+    return x[np.linspace(0, len(x) - 1, min(most, len(x))).astype(int)]
+
+
 def median_bandwidth(x: Float[Array, "n d"], *, rows: int = 2000) -> Float[Array, ""]:
-    """The median distance between two of the first `rows` of `x` (the median heuristic).
+    """The median distance between two of `rows` rows, evenly over `x` (the median heuristic).
 
     Raises:
         UserError: fewer than two rows.
     """
     if len(x) < 2:
         raise UserError(f"median_bandwidth: {len(x)} rows; expected at least 2")
-    x = jnp.asarray(x[:rows])
+    x = jnp.asarray(evenly(x, rows))
     upper = jnp.triu_indices(len(x), 1)
     return jnp.maximum(jnp.median(distances(x, x)[upper]), 1e-6)
 

@@ -13,6 +13,7 @@ from lfm_jax.errors import UserError
 from lfm_jax.flow import NetworkVelocity, classifier_free
 from lfm_jax.mmd.features import FeatureMap, Rows, all_features
 from lfm_jax.mmd.generator import generate
+from lfm_jax.mmd.loss import choose
 from lfm_jax.mmd.trained import deploy, freeze
 from lfm_jax.models.conditioning import Cond
 
@@ -64,8 +65,7 @@ def row_generator(
             cond = Cond(label=labels)
         told = 1.0
         if len(scales) > 1:
-            place = (batch["draws"][0, 1] * len(scales)).astype(int)
-            told = jnp.asarray(scales, jnp.float32)[jnp.minimum(place, len(scales) - 1)]
+            told = choose(jnp.asarray(scales, jnp.float32), batch["draws"][0, 1])
 
         def solve(params, noise, count):
             plain, trained = deploy(params, num_steps=count, guidance=told)

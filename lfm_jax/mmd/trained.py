@@ -5,7 +5,7 @@ Beside the network's parameters the tree may hold an entry ``few_step`` of three
     solver   "start" and "logits" [N]: the grid, ``tau_i = start (1 - cumsum(softmax(logits)))``,
              and "scales" [N], one factor on the velocity a step: a few-step sampler of under 100
              numbers
-    offset   what (N, guidance) adds to the time embedding: one network for several of them
+    offset   what N, or (N, guidance), adds to the time embedding: one network for several of them
     lora     low-rank updates of the network's matrices (Hu et al. 2022)
 
 `deploy` turns such a tree into plain network parameters and the trained solver.
@@ -57,7 +57,8 @@ def trainable(
     *,
     rank: int = 8,
     times: np.ndarray | None = None,
-    steered: bool = False,
+    several_steps: bool = False,
+    several_scales: bool = False,
 ) -> dict:
     """The tree to optimise, made of a network's plain `params`; it starts as that network.
 
@@ -65,7 +66,8 @@ def trainable(
         kind: of `TRAINABLE`.
         rank: of the low-rank updates.
         times: the grid from which a trained solver starts.
-        steered: add the offset by which one network serves several N or guidance scales.
+        several_steps: add the offset by which one network serves several N.
+        several_scales: the same for several guidance scales; it is told N beside.
 
     Raises:
         UserError: an unknown kind, a rank below 1, or a network without a time embedding to steer.
@@ -80,8 +82,9 @@ def trainable(
     if kind == "solver":
         assert times is not None  # the config's own steps are given
         extra["solver"] = new_solver(times)
-    if steered:
-        extra["offset"] = _new_offset(params, key)
+    if several_steps or several_scales:
+        # A row for what is told and no more: a scale that never varied says nothing when it does.
+        extra["offset"] = _new_offset(params, key, told=2 if several_scales else 1)
     return {**params, FEW_STEP: extra} if extra else dict(params)
 
 
@@ -113,7 +116,8 @@ def deploy(
 
     Args:
         params: of a network, or a tree of `trainable`.
-        num_steps, guidance: which of the samplers of a steered network.
+        num_steps, guidance: which of the samplers of a steered network; one that is told N alone
+            does not read `guidance`.
     """
     if FEW_STEP not in params:
         return params, None
@@ -129,15 +133,19 @@ def deploy(
 def deploy_sampler(
     params: dict, *, num_steps: int, guidance: float | int
 ) -> tuple[dict, dict[str, Array] | None, float | int]:
-    """`deploy` for sampling, and the scale that is left to apply: 1 where the network was told."""
-    told = "offset" in params[FEW_STEP]
+    """`deploy` for sampling, and the scale left to apply: 1 where the network is told it."""
     plain, trained = deploy(params, num_steps=num_steps, guidance=guidance)
-    return plain, trained, 1 if told else guidance
+    return plain, trained, 1 if _is_told_scale(params) else guidance
 
 
 def is_few_step(params: dict) -> bool:
     """Whether `params` hold more than a network."""
     return FEW_STEP in params
+
+
+def _is_told_scale(params: dict) -> bool:
+    offset = params[FEW_STEP].get("offset")
+    return offset is not None and len(offset["in"]) > 1
 
 
 def _new_lora(params: dict, key: Array, rank: int) -> dict:
@@ -161,20 +169,21 @@ def _merge_lora(params: dict, pairs: dict) -> dict:
     return jax.tree.map_with_path(merged, params)
 
 
-def _new_offset(params: dict, key: Array) -> dict:
+def _new_offset(params: dict, key: Array, *, told: int) -> dict:
     if "time_out" not in params:
         raise UserError("several N or scales in one network need its time embedding (time_out)")
     width = params["time_out"]["bias"].shape[-1]
     return {
-        "in": jax.random.normal(key, (2, _OFFSET_WIDTH)),
+        "in": jax.random.normal(key, (told, _OFFSET_WIDTH)),
         "bias": jnp.zeros(_OFFSET_WIDTH),
         "out": jnp.zeros((_OFFSET_WIDTH, width)),
     }
 
 
 def _steer(params: dict, offset: dict, num_steps: int, guidance: Any) -> dict:
-    """N and guidance enter as a shift of the time embedding, the same for the whole batch."""
-    told = jnp.stack([jnp.log2(jnp.float32(num_steps)), jnp.float32(guidance) - 1])
+    """What is told enters as a shift of the time embedding, the same for the whole batch."""
+    known = jnp.stack([jnp.log2(jnp.float32(num_steps)), jnp.float32(guidance) - 1])
+    told = known[: len(offset["in"])]
     shift = jnp.tanh(told @ offset["in"] + offset["bias"]) @ offset["out"]
     time_out = params["time_out"]
     return {**params, "time_out": {**time_out, "bias": time_out["bias"] + shift}}

@@ -86,7 +86,8 @@ def test_parts_of_another_batch_size_are_not_taken_for_these(run):
 def test_pictures_of_the_way_between_and_in_other_classes(run):
     folder, _ = run
     asked = {"sample__trajectory": 3, "sample__interpolation": 5, "sample__class_switch": 2}
-    go(folder, "sample", sample__num_samples=20, sample__grid="1,0.6,0.3,0", **asked)
+    told = go(folder, "sample", sample__num_samples=20, sample__grid="1,0.6,0.3,0", **asked)
+    assert told["num_steps"] == told["nfe"] == 3  # of the times, not of config.sample.num_steps
     sizes = {
         name: Image.open(folder / f"samples/{name}.png").size
         for name in ("grid", "trajectory", "interpolation", "class_switch")
