@@ -14,7 +14,7 @@ from lfm_jax.errors import UserError
 from lfm_jax.experiments import neighbour
 from lfm_jax.flow import NetworkVelocity, classifier_free, make_grid, sample
 from lfm_jax.jobs import guide, solve
-from lfm_jax.jobs.asked import check_solver, fixed_steps
+from lfm_jax.jobs.asked import check_solver, class_names, fixed_steps
 from lfm_jax.models import Cond, create_model, init_params
 from lfm_jax.vae import identity_codec, to_uint8
 from lfm_jax.workdir import Workdir
@@ -185,3 +185,14 @@ def test_only_a_network_that_is_told_its_scale_needs_no_null_label(baked, refuse
         return guide.check_null_label(config, workdir)
     with pytest.raises(UserError, match=r"sample\.guidance=2: .*no null label"):
         guide.check_null_label(config, workdir)
+
+
+def test_classes_are_numbered_where_the_images_that_name_them_are_not_at_hand():
+    """Sampling, and training on a cache, need no images: an imported network has none."""
+    config = neighbour(str(ROOT / "configs" / "base.py"), "imagenet.py")
+    assert config.data.path is None
+    assert class_names(config, most=3) == ["0", "1", "2"]
+    config.data.class_names = ("tench",)
+    assert class_names(config, most=3) == ["tench", "1", "2"]
+    config.data.num_classes = 0
+    assert class_names(config) == []
