@@ -53,6 +53,7 @@ CLAIMS = (
         "Latent flows need fewer evaluations than pixel flows of equal compute",
         "Dao et al. 2023",
         (
+            Test("quickstart", "claim (a): Euler steps to the better pixel"),
             Test("quickstart", "claim (a): Euler steps to within 10 % of its own best, latent"),
             Test("quickstart", "claim (a): evaluations of dopri5 at 1e-5"),
             Test("quickstart", "claim (a): FD at"),
