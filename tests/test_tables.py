@@ -64,7 +64,7 @@ def test_a_claims_page_shows_figures_and_what_is_missing(tmp_path, monkeypatch):
     page = tables.updated(f"<!-- claims -->{end}<!-- claim: a -->{end}")
     assert "| (a) |" in page and "| (f) |" in page and "| not measured yet |" in page
     assert "| claim (a): FD at 8 steps | 0.5 | < 1 | yes |" in page
-    assert "Not measured yet: Euler steps to within" in page
+    assert "Not measured yet: Euler steps to the better pixel" in page
     assert tables.updated(page) == page
 
 
