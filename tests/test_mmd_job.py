@@ -7,19 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from checkout import ROOT
-from etils import epath
 
 from lfm_jax import checkpoints, mmd
 from lfm_jax.config_check import check_config
 from lfm_jax.errors import UserError
-from lfm_jax.evaluate import FeatureStatistics
 from lfm_jax.experiments import neighbour
 from lfm_jax.features import Classifier, Extractor
-from lfm_jax.jobs import mmd_features, run_job
-from lfm_jax.jobs.mmd_monitor import Monitor
-from lfm_jax.state import TrainState
+from lfm_jax.jobs import run_job
 from lfm_jax.vae import identity_codec
-from lfm_jax.workdir import Workdir
 
 # Several finetunings each: a minute and more on two cores.
 pytestmark = pytest.mark.slow
@@ -142,51 +137,6 @@ def test_a_trained_grid_is_what_is_sampled(config, tmp_path):
     with pytest.raises(UserError, match="grid has 2 steps"):
         run_job("sample", config, str(tmp_path))
     assert np.isfinite(moved).all()
-
-
-def monitored(config, tmp_path):
-    """A monitor of Gaussians that should have width 1, and the state of a given width."""
-    judge = mmd_features.Judge(
-        map=mmd.RawLatents(),
-        labels=np.zeros(250, np.int32),
-        statistics=FeatureStatistics.of(np.random.default_rng(0).normal(size=(99, 2))),
-        spread=1.0,
-    )
-
-    def rows(params, batch, key):
-        keys = jax.vmap(lambda p: jax.random.fold_in(key, p))(batch["position"])
-        return {"raw": params["w"] * jax.vmap(lambda k: jax.random.normal(k, (2,)))(keys)}, None
-
-    config.mmd.validate_samples = 250
-    monitor = Monitor(
-        config=config, workdir=Workdir(epath.Path(tmp_path)), rows=[rows], judge=judge, record={}
-    )
-
-    def state(width):
-        return TrainState(
-            step=jnp.int32(0), params={"w": jnp.float32(width)}, opt_state=(), ema=None
-        )
-
-    return monitor, state
-
-
-def test_collapse_ends_the_run_and_keeps_the_last_good_snapshot(config, tmp_path):
-    monitor, state = monitored(config, tmp_path)
-    for step, width in ((0, 2.0), (10, 1.5), (20, 1.2)):
-        monitor(state(width), step)
-    with pytest.raises(FloatingPointError, match=r"collapse at step 30.*snapshot of step 20"):
-        monitor(state(0.05), 30)
-    kept = checkpoints.load_params(tmp_path / "checkpoints")
-    np.testing.assert_allclose(kept["w"], 1.2)
-
-
-def test_of_equal_snapshots_the_latest_is_kept(config, tmp_path):
-    monitor, state = monitored(config, tmp_path)
-    for step, width, newest in ((0, 2.0, None), (10, 1.5, 10), (20, 1.503, 20), (30, 1.6, 20)):
-        monitor(state(width), step)
-        assert checkpoints.latest_step(Workdir(epath.Path(tmp_path)).checkpoints) == newest
-    scores = [entry["score"] for entry in monitor.history]
-    assert scores[1] < scores[2] < 1.1 * scores[1] < scores[3]
 
 
 def test_bad_input_is_one_line(config, base, tmp_path):

@@ -45,6 +45,23 @@ def monitor(workdir):
     return Monitor(config=config, workdir=workdir, rows=[rows], judge=judge, record={})
 
 
+def test_collapse_ends_the_run_and_keeps_the_last_good_snapshot(monitor, workdir):
+    for step, width in ((0, 2.0), (10, 1.5), (20, 1.2)):
+        monitor(state(width), step)
+    with pytest.raises(FloatingPointError, match=r"collapse at step 30.*snapshot of step 20"):
+        monitor(state(0.05), 30)
+    kept = checkpoints.load_params(workdir.checkpoints)
+    np.testing.assert_allclose(kept["w"], 1.2)
+
+
+def test_of_equal_snapshots_the_latest_is_kept(monitor, workdir):
+    for step, width, newest in ((0, 2.0, None), (10, 1.5, 10), (20, 1.503, 20), (30, 1.6, 20)):
+        monitor(state(width), step)
+        assert checkpoints.latest_step(workdir.checkpoints) == newest
+    scores = [entry["score"] for entry in monitor.history]
+    assert scores[1] < scores[2] < 1.1 * scores[1] < scores[3]
+
+
 @pytest.mark.parametrize("width, worse", [(1.5, False), (2.5, True)])
 def test_a_snapshot_that_is_worse_than_the_base_is_kept_with_a_warning(
     monitor, workdir, caplog, width, worse
