@@ -126,6 +126,11 @@ def _check_condition(config: ConfigDict) -> None:
 def _check_mmd(config: ConfigDict) -> None:
     options, batch = config.mmd, config.train.batch_size
     _check_mmd_features(config)
+    if config.train.evaluate_every:
+        raise UserError(
+            f"--config.train.evaluate_every={config.train.evaluate_every}: finetuning scores its "
+            "snapshots every mmd.validate_every steps; expected 0"
+        )
     # The loss is over the pairs of one accumulation step: it sees no other samples.
     seen = batch // config.train.accumulate
     step = f"the {seen} samples of an update"

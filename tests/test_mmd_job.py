@@ -108,10 +108,11 @@ def test_going_on_ends_where_one_run_ends(config, tmp_path):
 def test_every_option_ends_in_a_checkpoint_that_samples(config, changes, tmp_path):
     for key, value in changes.items():
         config.mmd[key] = value
-    config.train.steps = 2
+    config.train.steps = config.train.preview_every = 2
     check_config(config)
     found = run_job("train", config, str(tmp_path))
     assert np.isfinite(found["loss"])
+    assert (tmp_path / "previews" / "step_0000002.png").exists()
     config.sample.guidance = 1.5 if "baked" in changes or "guidance" in changes else 1.0
     sampled = run_job("sample", config, str(tmp_path))
     assert sampled["nfe"] == config.mmd.num_steps * (2 if changes.get("solver") == "heun" else 1)
@@ -167,6 +168,7 @@ def test_bad_input_is_one_line(config, base, tmp_path):
     fails("grid=1,0.5,0.2,0: 3 steps", mmd__grid="1,0.5,0.2,0", mmd__features=("raw",))
     fails("holds no mirror images", train__mirror=True, encode__mirror=True)
     fails("times are of one N", run=False, mmd__grid="1,0.5,0", mmd__more_steps=(1,))
+    fails("evaluate_every=5: finetuning", run=False, train__evaluate_every=5)
     fails("no mmd.more_steps", run=False, mmd__trainable="solver", mmd__more_steps=(1,))
     fails("one for each of the", mmd__weights=(1.0, 2.0, 3.0), mmd__features=("raw",))
 

@@ -205,6 +205,23 @@ def optimizer(section: ConfigDict) -> optax.GradientTransformation:
     )
 
 
+def loop(config: ConfigDict) -> dict[str, Any]:
+    """Length, logs and saves of the training loop as `config.train` says; arguments of `fit`."""
+    section = config.train
+    return {
+        "steps": section.steps,
+        "batch_size": section.batch_size,
+        "config": to_json(config),
+        "log_every": section.log_every,
+        "save_every": section.save_every,
+        "keep": section.keep,
+        "keep_every": section.keep_every,
+        "keep_best": section.keep_best,
+        "skip_nonfinite": section.nonfinite == "skip",
+        "profile_steps": tuple(section.profile_steps),
+    }
+
+
 def section(config: ConfigDict, *names: str) -> dict[str, Any]:
     """Sections of the config as JSON, for a job's `inputs`.
 

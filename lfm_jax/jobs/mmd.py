@@ -15,7 +15,6 @@ import optax
 from ml_collections import ConfigDict
 
 from lfm_jax import checkpoints, mmd, rng, sharding
-from lfm_jax.config import to_json
 from lfm_jax.data import open_cache
 from lfm_jax.errors import UserError
 from lfm_jax.flow import draw_latents, flow_matching_loss, make_grid
@@ -23,7 +22,8 @@ from lfm_jax.jobs import build, mmd_bank, mmd_clock, mmd_features, origin
 from lfm_jax.jobs.fit import fit
 from lfm_jax.jobs.mmd_base import base_params, base_workdir, latents, take_along
 from lfm_jax.jobs.mmd_cost import share_of_base, update_macs
-from lfm_jax.jobs.mmd_monitor import Monitor
+from lfm_jax.jobs.mmd_monitor import Monitor, snapshot
+from lfm_jax.jobs.previews import previews
 from lfm_jax.models import init_params
 from lfm_jax.state import TrainState, create_state, make_step
 from lfm_jax.workdir import Workdir
@@ -176,17 +176,10 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
             folder=workdir.root / "finetune",
             logs=workdir.logs,
             mesh=mesh,
-            steps=section.steps,
-            batch_size=section.batch_size,
+            **build.loop(config),
             record=record,
-            config=to_json(config),
-            log_every=section.log_every,
-            save_every=section.save_every,
-            keep=section.keep,
-            keep_every=section.keep_every,
-            keep_best=section.keep_best,
-            skip_nonfinite=section.nonfinite == "skip",
-            profile_steps=tuple(section.profile_steps),
+            preview=(previews(config, workdir, deploy=snapshot) if section.preview_every else None),
+            preview_every=section.preview_every,
             watch=watch if options.validate_every else None,
             watch_every=options.validate_every,
         )

@@ -13,7 +13,7 @@ from lfm_jax import checkpoints, mmd, sharding
 from lfm_jax.config import to_json
 from lfm_jax.evaluate import FeatureStatistics, frechet_of
 from lfm_jax.jobs.mmd_bank import BATCH
-from lfm_jax.state import TrainState
+from lfm_jax.state import Params, TrainState
 from lfm_jax.workdir import Workdir
 from lfm_jax.writers import write_json
 
@@ -106,12 +106,12 @@ class Monitor:
         words = "no snapshot was kept" if kept is None else f"the snapshot of step {kept} is kept"
         return words if state is None else f"{words}, finetune/ holds the state of step {state}"
 
-    def _save(self, params: Any, step: int) -> None:
-        snapshot = TrainState(step=jnp.int32(step), params=_final(params), opt_state=(), ema=None)
+    def _save(self, params: Params, step: int) -> None:
+        state = TrainState(step=jnp.int32(step), params=snapshot(params), opt_state=(), ema=None)
         with checkpoints.open_manager(self.workdir.checkpoints, keep=1) as manager:
             data = {"record": self.record, "validation": self.history}
             checkpoints.save(
-                manager, step, snapshot, data=data, config=to_json(self.config), force=True
+                manager, step, state, data=data, config=to_json(self.config), force=True
             )
 
     def _earlier(self) -> list[dict[str, float | int]]:
@@ -129,8 +129,8 @@ class Monitor:
         return saved["validation"] if saved["record"] == self.record else []
 
 
-def _final(params: Any) -> Any:
-    """What a snapshot holds: low-rank updates merged, a trained grid or offset beside."""
+def snapshot(params: Params) -> Params:
+    """What is kept of the parameters: low-rank updates merged, a trained grid or offset beside."""
     extra = dict(params.get(mmd.FEW_STEP, {}))
     if "lora" not in extra:
         return params

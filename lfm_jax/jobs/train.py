@@ -1,32 +1,25 @@
 """Train the velocity network on the latent cache."""
 
-import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from lfm_jax import checkpoints, sharding
 from lfm_jax.conditions import init_conditioned, input_sizes, training_condition, widen
-from lfm_jax.config import to_json
 from lfm_jax.data import open_cache
 from lfm_jax.errors import UserError
 from lfm_jax.flow import flow_matching_loss
 from lfm_jax.jobs import build, mmd, mmd_base, origin, watch
 from lfm_jax.jobs import condition as conditions
-from lfm_jax.jobs.asked import class_names
 from lfm_jax.jobs.fit import fit
-from lfm_jax.jobs.generate import Generator
+from lfm_jax.jobs.previews import previews
 from lfm_jax.models import count_params, forward_macs, init_params
 from lfm_jax.state import Loss, Params, TrainState, create_state, make_step
 from lfm_jax.vae import Codec
 from lfm_jax.workdir import FREE_TRAIN, Workdir
-from lfm_jax.writers import image_grid, save_image
-
-_PREVIEWED = 8  # pictures of a class
 
 
 def inputs(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
@@ -84,23 +77,14 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
         folder=workdir.checkpoints,
         logs=workdir.logs,
         mesh=mesh,
-        steps=section.steps,
-        batch_size=section.batch_size,
+        **build.loop(config),
         record={
             "cache": cache.fingerprint,
             "seed": config.seed,
             "global_batch": section.batch_size,
         },
-        config=to_json(config),
-        log_every=section.log_every,
-        save_every=section.save_every,
-        keep=section.keep,
-        keep_every=section.keep_every,
-        keep_best=section.keep_best,
-        skip_nonfinite=section.nonfinite == "skip",
         train_flops=flops,
-        profile_steps=tuple(section.profile_steps),
-        preview=_previews(config, workdir) if section.preview_every else None,
+        preview=previews(config, workdir) if section.preview_every else None,
         preview_every=section.preview_every,
         watch=watch.watcher(config, workdir) if section.evaluate_every else None,
         watch_every=section.evaluate_every,
@@ -157,38 +141,3 @@ def _start_from(config: ConfigDict, state: TrainState) -> TrainState:
         params = widen(params, sharding.fetch(state.params), patch=config.model.patch or 1)
     origin.check_fits(init, params, state.params)
     return origin.started_from(state, params)
-
-
-def _previews(config: ConfigDict, workdir: Workdir) -> Callable[[TrainState, int], None]:
-    """A picture of the same few noises every time, so that two steps can be compared."""
-    generator = Generator.from_config(config, workdir)
-    preview_codec = build.preview_codec(config, generator.codec)
-    generator = dataclasses.replace(generator, codec=preview_codec)
-    if generator.given is not None:
-        return _given_previews(workdir, generator, generator.given)
-    names = class_names(config)
-    labels = np.repeat(np.arange(len(names) or _PREVIEWED, dtype=np.int32), _PREVIEWED)
-
-    def preview(state: TrainState, step: int) -> None:
-        images, _, _ = generator(state.best_params, range(len(labels)), labels)
-        if sharding.is_main_process():
-            picture = image_grid(images, columns=_PREVIEWED, row_labels=names)
-            save_image(workdir.previews / f"step_{step:07d}.png", picture)
-
-    return preview
-
-
-def _given_previews(
-    workdir: Workdir, generator: Generator, given: conditions.Given
-) -> Callable[[TrainState, int], None]:
-    """The same under the first few held-out conditions."""
-    indices = np.arange(min(given.count, _PREVIEWED) * given.repeats)
-    labels = None if given.labels is None else given.labels[given.numbers(indices)]
-
-    def preview(state: TrainState, step: int) -> None:
-        images, _, _ = generator(state.best_params, indices, labels)
-        if sharding.is_main_process():
-            picture = conditions.given_grid(given, images)
-            save_image(workdir.previews / f"step_{step:07d}.png", picture)
-
-    return preview
