@@ -216,7 +216,7 @@ def default_config() -> ConfigDict:
     config.sample.eta = 0.0  # noise on the way: of solver ddim (0 is the Euler step), or of sde
     config.sample.num_steps = 50  # steps; times in grid, or rtol, go before it
     config.sample.grid = "uniform"  # fixed steps: a name of flow.GRIDS, or times "1,0.6,0.3,0"
-    config.sample.rtol = placeholder(float)  # set both tolerances for an adaptive solve
+    config.sample.rtol = placeholder(float)  # both > 0: an adaptive solve; 0 or unset: fixed steps
     config.sample.atol = placeholder(float)
     config.sample.error_norm = (
         "sample"  # adaptive error control: per "sample" or whole "batch" (LFM)

@@ -25,8 +25,10 @@ def check_config(config: ConfigDict) -> None:
         if value is not None and not _passes(accepts, value):
             raise UserError(f"--config.{key}={value}: expected {words}")
     _check_finite(config, "--config")
-    if (config.sample.rtol is None) != (config.sample.atol is None):
-        raise UserError("--config.sample.rtol and --config.sample.atol: set both or neither")
+    if bool(config.sample.rtol) != bool(config.sample.atol):
+        raise UserError(
+            "--config.sample.rtol and --config.sample.atol: set both, or neither (0 is off)"
+        )
     if config.train.batch_size % config.train.accumulate:
         raise UserError(
             f"--config.train.accumulate={config.train.accumulate}: expected a divisor of "
@@ -109,6 +111,11 @@ def _check_condition(config: ConfigDict) -> None:
             "parts trade places); expected False with condition.kind"
         )
     if section.kind == "layout":
+        if config.model.name.startswith("adm") and config.data.num_classes:
+            raise UserError(
+                f"--config.data.num_classes={config.data.num_classes}: {config.model.name} takes "
+                "classes or boxes, not both; expected 0, or model.name=unet_context"
+            )
         width = config.model.context_dim
         if not width or width % section.heads:
             raise UserError(
@@ -160,6 +167,11 @@ def _check_mmd(config: ConfigDict) -> None:
         raise UserError(
             f"--config.mmd.backprop_steps={options.backprop_steps}: ddim's steps are not cut; "
             "expected 0 (all), or another mmd.solver"
+        )
+    if options.eta and options.solver != "ddim":
+        raise UserError(
+            f"--config.mmd.eta={options.eta:g}: expected mmd.solver=ddim as well, whose noise it "
+            f"scales, or 0 (off); {options.solver} adds none"
         )
     if options.trainable == "solver" and (options.more_steps or options.solver == "ddim"):
         raise UserError(

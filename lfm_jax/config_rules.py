@@ -149,8 +149,8 @@ RULES: dict[str, Rule] = {
     "sample.batch_size": _at_least(1),
     "sample.eta": _at_least(0),
     "sample.num_steps": _at_least(1),
-    "sample.rtol": _more_than(0),
-    "sample.atol": _more_than(0),
+    "sample.rtol": _at_least(0),
+    "sample.atol": _at_least(0),
     "sample.error_norm": _one_of("sample", "batch"),
     "sample.guidance": _at_least(0),
     "sample.guidance_interval": (

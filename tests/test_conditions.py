@@ -1,6 +1,7 @@
 """Conditions: their input to the network, their training, guidance, the baseline without."""
 
 import importlib.util
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -29,10 +30,11 @@ from lfm_jax.conditions import (
     widen,
 )
 from lfm_jax.conditions.encoders import VOCABULARY
-from lfm_jax.config import overrides
+from lfm_jax.config import default_config, overrides
 from lfm_jax.config_check import check_config
 from lfm_jax.errors import UserError
 from lfm_jax.flow import NetworkVelocity, flow_matching_loss, sample
+from lfm_jax.jobs import build, train
 from lfm_jax.models import Cond, count_params, create_model, forward_macs, init_params
 from lfm_jax.sharding import make_mesh
 from lfm_jax.state import create_state, make_step
@@ -264,6 +266,27 @@ def test_a_widened_network_starts_as_the_old_one(name):
     np.testing.assert_allclose(model.apply({"params": wide}, x, t, cond), wanted, atol=2e-5)
 
 
+def test_a_run_from_an_unconditional_one_starts_as_it(monkeypatch):
+    """A named size's patch stands in no field of the config."""
+    config = default_config()
+    config.model.name, config.model.depth, config.data.num_classes = "DiT-S/2", 1, 0
+    config.condition.kind, config.init = "inpainting", "somewhere"
+    model = build.network(config)
+    old = jax.tree.map(
+        lambda a: np.random.default_rng(0).normal(size=a.shape).astype("f") * 0.1,
+        init_params(model, KEY, (4, 4, 2)),
+    )
+    condition = _inpainting(latent_shape=(4, 4, 2), mask_channels="pixels", variants=1)
+    fresh = partial(init_conditioned, condition, model, KEY, (4, 4, 2))
+    state = create_state(fresh, optax.sgd(0.1), make_mesh(devices=jax.devices()[:1]), ema=False)
+    monkeypatch.setattr(train.origin, "initial_params", lambda init: old)
+    state = train._start_from(config, state)
+    x, t = jax.random.normal(KEY, (2, 4, 4, 2)), jnp.array([0.2, 0.8])
+    cond = Cond(spatial=jax.random.normal(jax.random.key(2), (2, 4, 4, 6)))
+    wanted = model.apply({"params": old}, x, t)
+    np.testing.assert_allclose(model.apply({"params": state.params}, x, t, cond), wanted, atol=2e-4)
+
+
 def test_input_sizes_tell_the_cost():
     model = create_model("DiT", **DIT)
     sizes = input_sizes(_semantic(), (4, 4, 2))
@@ -306,6 +329,10 @@ def test_guidance_by_condition_and_class_is_the_sum_of_its_terms():
     np.testing.assert_allclose(inside[1], wanted[1], atol=1e-4)
     first = made(condition_scale=2.0, label_scale=3.0, channels=1)(x, t)
     np.testing.assert_allclose(first[..., 1], both[..., 1], atol=1e-5)
+    pulled = made(condition_scale=2.0, label_scale=3.0, rescale=0.4)(x, t)
+    axes = (1, 2, 3)
+    ratio = both.std(axes, keepdims=True) / wanted.std(axes, keepdims=True)
+    np.testing.assert_allclose(pulled, (0.4 * ratio + 0.6) * wanted, atol=1e-4)
     with pytest.raises(UserError, match="condition_guidance"):
         made(condition_scale=-1.0)
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from lfm_jax.conditions import ENCODER, masks
 from lfm_jax.config_check import check_config
 from lfm_jax.data import open_cache, open_images
 from lfm_jax.errors import UserError
-from lfm_jax.jobs import run_job
+from lfm_jax.jobs import run_job, watch
+from lfm_jax.jobs.generate import Generator
 from lfm_jax.workdir import Workdir
 
 
@@ -69,6 +71,28 @@ def test_samples_keep_known_pixels_and_are_measured(inpainted):
     sampled = json.loads((folder / "results/sample.json").read_text())
     assert sampled["condition"] == "inpainting" and sampled["network_calls"] == 3 * sampled["nfe"]
     assert Image.open(folder / "samples/grid.png").size[0] > 150
+
+
+def test_what_is_measured_while_training_has_the_class_of_its_condition(inpainted, monkeypatch):
+    config, folder = inpainted
+    config = config.copy_and_resolve_references()
+    config.train.evaluate_samples = 12
+
+    class Asked(Exception):
+        pass
+
+    def first(self, params, count, *, labels, **options):
+        raise Asked(self.given.numbers(np.arange(count)), labels)
+
+    monkeypatch.setattr(Generator, "first", first)
+    watch_step = watch.watcher(config, Workdir(epath.Path(folder)))
+    with pytest.raises(Asked) as asked:
+        watch_step(SimpleNamespace(best_params=None), 1)
+    numbers, labels = asked.value.args
+    held_out = open_images("digits", split="test", channels=1)
+    places = np.linspace(0, len(held_out) - 1, 30).round().astype(int)
+    np.testing.assert_array_equal(labels, held_out.batch(places[numbers])["label"])
+    assert len(set(labels[::2])) > 1
 
 
 def test_conditions_from_files(inpainted, tmp_path):

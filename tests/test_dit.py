@@ -292,6 +292,21 @@ def test_taps_switched_off_leave_the_program_alone(case):
     assert len(re.findall("stablehlo.while", text(model))) == 1
 
 
+def test_auto_takes_the_fused_kernel_only_where_it_runs(monkeypatch):
+    taken = []
+
+    def fused(q, k, v, implementation):
+        taken.append(implementation)
+        return q
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax.nn, "dot_product_attention", fused)
+    for size, dtype in [(64, jnp.bfloat16), (128, jnp.float16), (256, jnp.bfloat16)]:
+        layers.attention(*[jnp.ones((1, 2, 1, size), dtype)] * 3)
+    layers.attention(*[jnp.ones((1, 2, 1, 64))] * 3)
+    assert taken == ["cudnn", "cudnn"]
+
+
 def test_mistakes_are_named():
 
     def shapes(model):

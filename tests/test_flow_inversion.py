@@ -96,6 +96,7 @@ def test_class_switch_moves_every_sample_to_the_other_class():
         ({"t": 1.2}, "within"),
         ({"t": 0.0}, "within"),
         ({"rtol": -1.0}, "rtol"),
+        ({"t": 0.8, "grid": (0.5, 0.25, 0.0)}, "begin at 0.5; expected t=0.8"),
     ],
 )
 def test_bad_options_are_named(options, named):

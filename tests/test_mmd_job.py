@@ -168,6 +168,7 @@ def test_bad_input_is_one_line(config, base, tmp_path):
     fails("grid=1,0.5,0.2,0: 3 steps", mmd__grid="1,0.5,0.2,0", mmd__features=("raw",))
     fails("holds no mirror images", train__mirror=True, encode__mirror=True)
     fails("times are of one N", run=False, mmd__grid="1,0.5,0", mmd__more_steps=(1,))
+    fails("mmd.eta=0.5: expected mmd.solver=ddim", run=False, mmd__eta=0.5)
     fails("evaluate_every=5: finetuning", run=False, train__evaluate_every=5)
     fails("no mmd.more_steps", run=False, mmd__trainable="solver", mmd__more_steps=(1,))
     fails("one for each of the", mmd__weights=(1.0, 2.0, 3.0), mmd__features=("raw",))

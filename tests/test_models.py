@@ -198,6 +198,13 @@ def test_labels_and_their_null(name):
     np.testing.assert_array_equal(null, run(model, params, x, t))
 
 
+def test_classes_and_tokens_at_once_are_refused_where_one_would_go_unseen():
+    model = small("adm_context", num_classes=10)
+    x, t, cond = example("adm_context")
+    with pytest.raises(UserError, match="takes classes or tokens, not both"):
+        jax.eval_shape(model.init, jax.random.key(0), x, t, cond.replace(label=jnp.zeros(2, int)))
+
+
 def test_dropout_acts_only_in_training(params_of):
     model, params = small("ddpm", dropout=0.5), params_of("ddpm")
     x, t, _ = example("ddpm")

@@ -1,5 +1,6 @@
 """The sampler's compiled programs on few-step trees, and which steps a config asks for."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -10,9 +11,10 @@ from checkout import ROOT
 from etils import epath
 
 from lfm_jax import mmd, rng
+from lfm_jax.conditions import Semantic, encoded, init_conditioned
 from lfm_jax.errors import UserError
 from lfm_jax.experiments import neighbour
-from lfm_jax.flow import NetworkVelocity, classifier_free, make_grid, sample
+from lfm_jax.flow import NetworkVelocity, autoguidance, classifier_free, make_grid, sample
 from lfm_jax.jobs import guide, solve
 from lfm_jax.jobs.asked import check_solver, class_names, fixed_steps
 from lfm_jax.models import Cond, create_model, init_params
@@ -76,6 +78,36 @@ def tuned(params):
     solver["logits"] += jnp.array([0.7, 0.0, -0.4])
     solver["scales"] = jnp.array([1.3, 0.7, 1.1])
     return {**params, mmd.FEW_STEP: {"solver": solver}}
+
+
+def test_a_weak_network_sees_the_condition_through_its_own_encoder(network):
+    """Encoders are trained with their networks: one is nothing to another."""
+    model, _ = network
+    condition = Semantic(num_classes=3, image_size=8, factor=2, channels=2)
+    draw = np.random.default_rng(2)
+    strong, weak = (
+        jax.tree.map(
+            lambda p: p + jnp.asarray(0.3 * draw.normal(size=p.shape), p.dtype),
+            init_conditioned(condition, model, jax.random.key(3), SHAPE),
+        )
+        for _ in range(2)
+    )
+    plan = dataclasses.replace(
+        plan_of(model, num_steps=1),
+        condition=(condition, 1.0),
+        beyond=(("rescale", 0.0), ("away", 3.0), ("gradient", 0.0), ("max_weight", 1.0)),
+    )
+    picked = {"map": draw.integers(0, 3, (3, 8, 8)).astype(np.uint8)}
+    beside = guide.Helpers(weak=NetworkVelocity(params=weak, model=model))
+    _, latents, _ = solve.generate(plan, None, strong, INDICES, LABELS, picked, beside)
+
+    def velocity(params):
+        cond = encoded(condition, params, picked, jnp.ones(3, bool)).replace(label=LABELS)
+        return NetworkVelocity(params=params, model=model, cond=cond)
+
+    guided = autoguidance(velocity(strong), velocity(weak), scale=3.0)
+    wanted, _ = sample(guided, velocity_and_noise(plan, strong)[1], num_steps=1)
+    np.testing.assert_allclose(latents, wanted, atol=1e-4)
 
 
 def test_a_network_told_the_steps_alone_is_guided_as_it_was_trained(network):

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 
 from lfm_jax.errors import UserError
 from lfm_jax.flow import NetworkVelocity, with_label
+from lfm_jax.flow.guidance import rescaled
 from lfm_jax.flow.path import expand
 from lfm_jax.models.conditioning import Cond
 
@@ -31,6 +32,7 @@ class Weighted:
         weights: their weights, a leaf: other scales of the same terms do not compile again.
         channels: how many leading channels are guided; None: all.
         interval: outside of these times the last term stands alone.
+        rescale: how far the result's per-sample deviation is pulled to the last term's.
     """
 
     velocity: NetworkVelocity
@@ -38,6 +40,7 @@ class Weighted:
     weights: Any
     channels: int | None = flax.struct.field(pytree_node=False, default=None)
     interval: tuple[float, float] = flax.struct.field(pytree_node=False, default=(0.0, 1.0))
+    rescale: float = flax.struct.field(pytree_node=False, default=0.0)
 
     @property
     def t_max(self) -> float:
@@ -62,7 +65,7 @@ class Weighted:
         v = many(join(*[x] * count), join(*[t] * count))
         v = v.reshape(x.shape[0], count, *v.shape[1:])
         full = v[:, -1]
-        result = jnp.einsum("bk...,k->b...", v, self.weights)
+        result = rescaled(jnp.einsum("bk...,k->b...", v, self.weights), full, self.rescale)
         if self.channels is not None:
             result = jnp.concatenate(
                 [result[..., : self.channels], full[..., self.channels :]], axis=-1
@@ -82,6 +85,7 @@ def guided(
     num_classes: int = 0,
     channels: int | None = None,
     interval: tuple[float, float] = (0.0, 1.0),
+    rescale: float = 0.0,
 ) -> Any:
     """`velocity` guided by its condition and its label; 1 to 3 network calls an evaluation.
 
@@ -91,7 +95,7 @@ def guided(
         condition_scale: w_c, of the spatial map or the tokens.
         label_scale: w_y; without classes 1.
         num_classes: the null label's number; 0 for a network without classes.
-        channels, interval: as in `lfm_jax.flow.classifier_free`.
+        channels, interval, rescale: as in `lfm_jax.flow.classifier_free`.
 
     Raises:
         UserError: a scale below 0, or of a label that the network has not.
@@ -115,7 +119,7 @@ def guided(
         none = dataclasses.replace(null, label=full.label)
         terms = [(1 - condition_scale, none), (condition_scale, full)]
     # The last term is also what stands outside of the interval.
-    keeps_last = interval != (0.0, 1.0) or channels is not None
+    keeps_last = interval != (0.0, 1.0) or channels is not None or rescale > 0
     used = [term for term in terms[:-1] if term[0]]
     used += terms[-1:] if terms[-1][0] or keeps_last else []
     if len(used) == 1 and used[0][0] == 1:
@@ -127,4 +131,5 @@ def guided(
         weights=jnp.asarray([weight for weight, _ in used], jnp.float32),
         channels=channels,
         interval=(float(low), float(high)),
+        rescale=float(rescale),
     )

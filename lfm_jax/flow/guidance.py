@@ -64,11 +64,7 @@ class Extrapolated:
     def __call__(self, x: Float[Array, "b ..."], t: Float[Array, " b"]) -> Float[Array, "b ..."]:
         """The guided velocity."""
         strong, weak = self._both(x, t)
-        guided = weak + self.scale * (strong - weak)
-        if self.rescale:
-            axes = tuple(range(1, x.ndim))
-            ratio = jnp.std(strong, axes, keepdims=True) / jnp.std(guided, axes, keepdims=True)
-            guided = self.rescale * guided * ratio + (1 - self.rescale) * guided
+        guided = rescaled(weak + self.scale * (strong - weak), strong, self.rescale)
         if self.channels is not None:
             guided = jnp.concatenate(
                 [guided[..., : self.channels], strong[..., self.channels :]], axis=-1
@@ -160,6 +156,20 @@ def autoguidance(
     return classifier_free(
         velocity, weak, scale=scale, channels=channels, interval=interval, rescale=rescale
     )
+
+
+def rescaled(
+    guided: Float[Array, "b ..."], plain: Float[Array, "b ..."], amount: float
+) -> Float[Array, "b ..."]:
+    """`guided` with its deviation over each sample pulled to that of `plain` by `amount` in [0, 1].
+
+    Lin et al. 2023, "Common Diffusion Noise Schedules ... are Flawed", section 3.4.
+    """
+    if not amount:
+        return guided
+    axes = tuple(range(1, guided.ndim))
+    ratio = jnp.std(plain, axes, keepdims=True) / jnp.std(guided, axes, keepdims=True)
+    return amount * guided * ratio + (1 - amount) * guided
 
 
 def _check(*, scale, channels, interval, rescale) -> None:

@@ -52,7 +52,8 @@ def invert(
     list of times still falls.
 
     Raises:
-        UserError: as `sample`; a solver for falling times only; `t` outside (0, velocity.t_max].
+        UserError: as `sample`; a solver for falling times only; `t` outside (0, velocity.t_max];
+            times that do not begin at `t`.
     """
     top = velocity.t_max if t is None else t
     check_interval(0.0, top, velocity.t_max)
@@ -67,6 +68,8 @@ def invert(
         )
     else:
         times = make_grid(grid, num_steps, t_max=top)[::-1]
+        if not isinstance(grid, str) and not np.isclose(times[-1], top):
+            raise UserError(f"grid: the times begin at {times[-1]:g}; expected t={top:g}")
         x, stats = _fixed(velocity, x0, times=tuple(times.tolist()), solver=chosen)
     return x, counts(stats, chosen, velocity, adaptive=adaptive)
 

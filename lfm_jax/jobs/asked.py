@@ -51,10 +51,20 @@ def check_solver(config: ConfigDict) -> None:
                 + ", ".join(name or '""' for name in known)
             )
     adaptive = [name for name, solver in SOLVERS.items() if solver.adaptive]
-    if section.rtol is not None and section.solver not in adaptive:
+    if section.rtol and section.solver not in adaptive:
         raise UserError(
             f"--config.sample.solver={section.solver}: it has no error estimate for rtol and atol; "
-            f"expected one of {', '.join(adaptive)}"
+            f"expected one of {', '.join(adaptive)}, or sample.rtol=0 and sample.atol=0"
+        )
+    if section.rtol and section.sde:
+        raise UserError(
+            f"--config.sample.sde={section.sde}: it takes fixed steps; expected sample.rtol=0 and "
+            f"sample.atol=0, not {section.rtol:g} and {section.atol:g}"
+        )
+    if section.eta and not section.sde and section.solver != "ddim":
+        raise UserError(
+            f"--config.sample.eta={section.eta:g}: expected sample.sde or sample.solver=ddim as "
+            f"well, whose noise it scales, or 0 (off); {section.solver} adds none"
         )
 
 

@@ -112,7 +112,8 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
 def _held(config: ConfigDict, workdir: Workdir, params: Any) -> Held:
     test = build.images(config, "test")
     found = test.batch(spread(len(test), min(config.diagnose.num_images, len(test))))
-    codec, model = build.codec(config, workdir), build.network(config)
+    # The bound and the likelihood are forward-mode derivatives, which the fused kernel has not.
+    codec, model = build.codec(config, workdir), build.network(config).clone(attention="xla")
     key = jax.random.key(config.sample.seed)
     rows = jnp.arange(len(found["image"]), dtype=jnp.uint32)
 

@@ -76,8 +76,8 @@ class Generator:
                 "solver": section.solver,
                 "num_steps": fixed_steps(config),
                 "grid": build.grid(section.grid, key="sample.grid"),
-                "rtol": section.rtol,
-                "atol": section.atol,
+                "rtol": section.rtol or None,  # 0: fixed steps
+                "atol": section.atol or None,
                 "error_norm": section.error_norm,
                 "sde": section.sde,
                 "eta": section.eta,

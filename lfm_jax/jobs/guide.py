@@ -93,7 +93,6 @@ def helpers(config: ConfigDict, workdir: Workdir) -> Helpers:
 
 def further(
     guided: Any,
-    network: NetworkVelocity,
     beside: Helpers,
     label: Any,
     *,
@@ -105,16 +104,15 @@ def further(
     """A velocity that is guided already, guided on by the other networks.
 
     Args:
-        guided: `network` itself or under classifier-free guidance.
-        beside: the other networks; the weak one sees the condition of `network`.
+        guided: the network's own, or under classifier-free guidance.
+        beside: the other networks; the weak one under its own view of the same condition.
         label: the class of each row, for the classifier.
         away: autoguidance's scale.
         gradient, max_weight: classifier guidance's scale and bound.
         how: channels, interval and rescale of autoguidance.
     """
     if beside.weak is not None:
-        weak = dataclasses.replace(beside.weak, cond=network.cond)
-        guided = autoguidance(guided, weak, scale=away, **how)
+        guided = autoguidance(guided, beside.weak, scale=away, **how)
     if beside.classifier is not None:
         log_prob = dataclasses.replace(beside.classifier, label=label)
         guided = classifier_guidance(guided, log_prob, scale=gradient, max_weight=max_weight)
@@ -138,6 +136,12 @@ def _weak(config: ConfigDict, workdir: Workdir) -> NetworkVelocity:
         raise UserError(
             f"--config.sample.weak={section.weak}: a network of {other.data.num_classes} classes; "
             f"expected {config.data.num_classes}"
+        )
+    kind = (told.get("condition") or {}).get("kind", "none")
+    if kind != config.condition.kind:
+        raise UserError(
+            f"--config.sample.weak={section.weak}: a network of condition.kind={kind}; expected "
+            f"{config.condition.kind}"
         )
     made, wanted = (_latents(place) for place in (there, workdir))
     if made != wanted:

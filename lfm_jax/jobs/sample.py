@@ -82,7 +82,7 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
         "solver": section.solver,
         "num_steps": None if section.rtol else fixed_steps(config),
         "grid": None if section.rtol else section.grid,
-        "rtol": section.rtol,
+        "rtol": section.rtol or None,
         "guidance": section.guidance,
         **_of_guidance(section),
         **_of_condition(config),

@@ -72,32 +72,35 @@ def _start(
             _check_fixed(solver)
         solver["trained_solver"] = trained
     noise = rng.normal(plan.keys(rng.Stream.SAMPLE, indices), plan.latent_shape)
-    cond = Cond(label=labels)
-    if plan.condition is not None:
-        keep = jax.numpy.ones(indices.shape, bool)
-        cond = dataclasses.replace(encoded(plan.condition[0], params, inputs, keep), label=labels)
-    velocity = network = NetworkVelocity(
-        params=params, cond=cond, model=plan.model, t_max=plan.model.t_max
+
+    def seen_by(params: Any) -> Cond:
+        """What a network sees of class and condition: the encoder is trained with it, its own."""
+        if plan.condition is None:
+            return Cond(label=labels)
+        keep = jnp.ones(indices.shape, bool)
+        return dataclasses.replace(encoded(plan.condition[0], params, inputs, keep), label=labels)
+
+    velocity = NetworkVelocity(
+        params=params, cond=seen_by(params), model=plan.model, t_max=plan.model.t_max
     )
+    if beside.weak is not None:
+        weak = dataclasses.replace(beside.weak, cond=seen_by(beside.weak.params))
+        beside = dataclasses.replace(beside, weak=weak)
+    guidance["rescale"] = beyond.pop("rescale", 0.0)
     how = {k: v for k, v in guidance.items() if k != "scale"}
-    rescale = beyond.pop("rescale", 0.0)
     if plan.condition is not None:
         velocity = _guide(velocity, *plan.condition, inputs, plan.num_classes, guidance)
     elif plan.num_classes:
-        velocity = classifier_free(
-            velocity, num_classes=plan.num_classes, rescale=rescale, **guidance
-        )
+        velocity = classifier_free(velocity, num_classes=plan.num_classes, **guidance)
     if beyond:
-        velocity = guide.further(
-            velocity, network, beside, labels, **how, rescale=rescale, **beyond
-        )
+        velocity = guide.further(velocity, beside, labels, **how, **beyond)
     return velocity, noise, solver
 
 
 def _check_fixed(solver: dict[str, Any]) -> None:
     """Refuse solves that would pass by the trained steps of a checkpoint."""
-    for key, off in (("sde", ""), ("rtol", None)):
-        if solver[key] != off:
+    for key in ("sde", "rtol"):
+        if solver[key]:
             raise UserError(
                 f"--config.sample.{key}={solver[key]}: this checkpoint has a trained grid of fixed "
                 f"steps; expected {key} to be left out"
@@ -113,7 +116,7 @@ def _guide(
     guidance: dict[str, Any],
 ) -> Any:
     """Guidance by the condition and by the class."""
-    keep = jax.numpy.zeros(next(iter(inputs.values())).shape[0], bool)
+    keep = jnp.zeros(next(iter(inputs.values())).shape[0], bool)
     return guided(
         velocity,
         encoded(condition, velocity.params, inputs, keep),

@@ -138,6 +138,8 @@ def _start_from(config: ConfigDict, state: TrainState) -> TrainState:
         return state
     params = origin.initial_params(init)
     if config.condition.kind != "none":
-        params = widen(params, sharding.fetch(state.params), patch=config.model.patch or 1)
+        # The network's own patch: that of a named size stands in no field of the config.
+        patch = getattr(build.network(config), "patch", 1)
+        params = widen(params, sharding.fetch(state.params), patch=patch)
     origin.check_fits(init, params, state.params)
     return origin.started_from(state, params)

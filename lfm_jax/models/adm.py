@@ -182,10 +182,15 @@ class ADM(UNetBackbone):
         emb = layers.sinusoid(t * self.time_scale, self.channels)
         emb = dense(nn.silu(dense(emb, width, "time_in")), width, "time_out")
         tokens = cond.tokens if self.context_dim else None
+        if self.num_classes and tokens is not None:
+            raise UserError(
+                f"num_classes: {self.num_classes} with cond.tokens; this network takes classes or "
+                "tokens, not both"
+            )
         if self.num_classes:
             # A label out of range, the null label above all, has the zero vector as its one-hot.
             label = jnp.full(t.shape, self.num_classes) if cond.label is None else cond.label
-            if self.context_dim and tokens is None:
+            if self.context_dim:
                 table = nn.Embed(
                     self.num_classes + 1,
                     self.context_dim,
@@ -193,7 +198,7 @@ class ADM(UNetBackbone):
                     name="context_labels",
                 )
                 tokens = table(label)[:, None]
-            elif not self.context_dim:
+            else:
                 one_hot = jax.nn.one_hot(label, self.num_classes)
                 init = Init(weight=math.sqrt(3 * self.num_classes))
                 emb = emb + dense(one_hot, width, "labels", bias=False, init=init)

@@ -208,12 +208,13 @@ def attention(
     """Softmax attention over `s`, heads `n`, logits scaled by ``1/sqrt(d)``, softmax in float32.
 
     Backends: ``xla`` runs everywhere and has a forward-mode derivative; ``cudnn`` is the fused
-    kernel (GPU, 16-bit activations, head size a multiple of 8; reverse mode only); ``auto`` takes
-    cudnn where it can run, else xla.
+    kernel (GPU, 16-bit activations, head size a multiple of 8 and at most 128, on Hopper 256;
+    reverse mode only); ``auto`` takes cudnn where it runs on any GPU that has it, else xla.
     """
     check_attention(backend)
     if backend == "auto":
-        fits = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0
+        size = q.shape[-1]
+        fits = q.dtype in (jnp.bfloat16, jnp.float16) and size % 8 == 0 and size <= 128
         backend = "cudnn" if fits and jax.default_backend() == "gpu" else "xla"
     if backend == "cudnn":
         return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")

@@ -231,6 +231,12 @@ def test_the_flow_is_diagnosed(run):
         ({"sample__solver": "rk5"}, "sample.solver=rk5.*euler"),
         ({"sample__grid": "log"}, "sample.grid=log.*uniform.*1,0.6"),
         ({"sample__solver": "rk4", "sample__rtol": 1e-3, "sample__atol": 1e-3}, "rk4.*heun"),
+        (
+            {"sample__sde": "heun", "sample__eta": 1.0, "sample__rtol": 1.0, "sample__atol": 1.0}
+            | {"sample__solver": "dopri5"},
+            "sde=heun: it takes fixed steps; expected sample.rtol=0",
+        ),
+        ({"sample__eta": 0.5}, "eta=0.5: expected sample.sde or sample.solver=ddim"),
         ({"sample__autoguidance": 2.0, "sample__weak": "/nowhere"}, "weak=/nowhere"),
         ({"sample__classifier_guidance": 1.0, "classifier__width": 16}, "classifier"),
         ({"sample__labels": "3,11"}, "class 11"),
@@ -254,6 +260,11 @@ def test_what_cannot_be_sampled_is_named_before_anything_is_written(run, changes
         ({"sample__autoguidance": 2.0}, "sample.weak"),
         ({"sample__guidance_interval": (0.9, 0.1)}, "guidance_interval"),
         ({"sample__rtol": -1.0, "sample__atol": 1.0}, "rtol"),
+        ({"sample__rtol": 1e-3, "sample__atol": 0.0}, "set both, or neither"),
+        (
+            {"model__name": "adm_context", "condition__kind": "layout", "data__num_classes": 4},
+            "adm_context takes classes or boxes, not both",
+        ),
         ({"sample__num_steps": 0}, "num_steps"),
         ({"sample__guidance": 2.0, "train__label_drop": 0.0}, "null label"),
     ],
