@@ -7,7 +7,7 @@ speed: DiT-S/2 and B/2 on 32x32x4 latents, forward and whole training step (loss
 against a compact PyTorch DiT with fused attention (`torch_dit`) and diffusers' DiT. All take turns
 in one run; a ratio is the median over the turns of ours / theirs. Blocks are scanned, the default;
 the unrolled network is printed beside it. ``--clock cpu`` counts the process's CPU time
-with everything on one core: what to use on a machine that others work on, where waiting threads
+with everything on one core: what to use on a machine that is not idle, where waiting threads
 distort wall time (PyTorch's most).
 compile: tracing and compiling DiT-XL/2's training step, blocks scanned, no cache.
 parity, counts: each family against an independent network, parameters against the published sizes;

@@ -33,7 +33,7 @@ _COMPARE = {
     ">": operator.gt,
     "==": operator.eq,
     "between": lambda value, bound: bound[0] <= value <= bound[1],
-    "report": lambda value, bound: True,  # no bound was asked for: the figure is for information
+    "report": lambda value, bound: True,  # for information
 }
 
 
@@ -67,10 +67,10 @@ def record(
 
     Args:
         topic: one of `TOPICS`, the file's name.
-        name: the figure's name, as it was asked for; a record of the same name is replaced.
+        name: of the figure; a record of the same name is replaced.
         value: what was measured.
         op: "<=", "<", ">=", ">", "==", "between" (bound is a pair) or "report" (bound is None).
-        bound: the limit asked for.
+        bound: what the value is held against.
         command: the command line that measures it again.
         note: what a reader must know to trust it (sample sizes, conditions, what limits it).
     """

@@ -58,7 +58,8 @@ def _images(folder: Path) -> Iterator[Reader]:
     from PIL import Image
 
     from lfm_jax.data import idx
-    from lfm_jax.data.folder import _csv_rows, _json_rows, open_zip
+    from lfm_jax.data.folder import open_zip
+    from lfm_jax.data.folder_labels import _csv_rows, _json_rows
     from lfm_jax.data.pixels import Preprocess
     from lfm_jax.errors import UserError
 

@@ -73,7 +73,7 @@ def main() -> None:
         ):
             value, rates = rate(cache, in_memory=in_memory)
             spread = ", ".join(f"{r:,.0f}" for r in rates)
-            print(f"{name}: {value:,.0f}  ({spread}); asked for {bound:,}")
+            print(f"{name}: {value:,.0f}  ({spread}); bound {bound:,}")
             if not flags.no_record:
                 note = (
                     f"{flags.records} records of 16 KiB in 8 shards, batches of {BATCH}, "

@@ -9,7 +9,7 @@
     python -m benchmarks.reliability overhead --folder /tmp/reliability
     python -m benchmarks.reliability record --folder /tmp/reliability
 
-Made for a night: counts add up in ``state.json`` of the folder after every trial, so that any
+It runs for hours: counts add up in ``state.json`` of the folder after every trial, so that any
 command may be stopped and given again, and kills are distributed over the jobs that have the
 fewest. `record` writes the counts to docs/results/reliability.json, with every fault by kind in
 docs/results/reliability_faults.json.

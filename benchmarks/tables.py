@@ -30,7 +30,7 @@ _BLOCK = re.compile(
     r".*?(<!-- end of table -->)",
     re.DOTALL,
 )
-_HEAD = ["| figure | measured | asked for | holds |", "|---|---|---|---|"]
+_HEAD = ["| figure | measured | bound | holds |", "|---|---|---|---|"]
 
 
 def pages() -> list[Path]:

@@ -3,7 +3,7 @@
     python -m lfm_jax.main --config=configs/digits.py --workdir=runs/digits
     python -m lfm_jax.main --config=configs/boundary_digits.py --workdir=runs/boundary_digits
 
-Two CPU cores: about a minute. Expected figure: none was asked for; Fashion-MNIST's stand in
+Two CPU cores: about a minute. Expected figure: no bound is set; Fashion-MNIST's stand in
 docs/results/boundary.json. `--config.init=DIR` edits with another run's network. `:slant` moves
 a property measured on the pixels instead of a class, and keeps the strokes' thickness.
 """

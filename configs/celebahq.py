@@ -4,7 +4,7 @@ r"""CelebA-HQ 256x256, unconditional: LFM's DiT-L/2 (FID 5.26).
         --config.data.path=FOLDER
     ... --config=configs/celebahq.py:adm       LFM's U-Net (FID 5.67)
     ... --config=configs/celebahq.py:512       512x512 (FID 6.35)
-    ... --config=configs/celebahq.py:1024      1024x1024 (no figure published)
+    ... --config=configs/celebahq.py:1024      1024x1024 (no figure in LFM's README)
 
 Hardware: the paper trained on one A100, batch 32.
 Expected time, from the closed FLOP form at 40 % MFU on one H200: about 4.4 h.

@@ -4,12 +4,12 @@ r"""ImageNet 256x256 in four steps: a class-conditional DiT, trained here or imp
         --config.init=runs/imagenet
     ... --config=configs/mmd_imagenet.py:tokens    no decoder: the backbone's own tokens
 
-Global batches of 2,048 in 16 chunks (the gradient is the whole batch's), 64 classes an update, the
-cubic kernel's successor: a Gaussian on CLIP's features through the full decoder, compared within
-classes. Hardware: one GPU or a pod slice. Expected time, from the closed FLOP form at 40 % MFU on
-one H200: `:tokens` 500 updates about 0.7 h; through the decoder about 2 h. Expected figure: none is
-known for this experiment; the original's finetuning of pixel models (Aiello et al. 2023) reports
-FIDs for CIFAR-10, CelebA, ImageNet-64 and LSUN-Church.
+Global batches of 2,048 in 16 chunks (the gradient is the whole batch's), 64 classes an update,
+a Gaussian (not the paper's cubic kernel) on CLIP's features through the full decoder, compared
+within classes. Hardware: one GPU or a pod slice. Expected time, from the closed FLOP form at 40 %
+MFU on one H200: `:tokens` 500 updates about 0.7 h; through the decoder about 2 h. Expected figure:
+none is known for this experiment; the original's finetuning of pixel models (Aiello et al. 2023)
+reports FIDs for CIFAR-10, CelebA, ImageNet-64 and LSUN-Church.
 """
 
 from ml_collections import ConfigDict

@@ -8,9 +8,14 @@ ensure_venv() {
   extras=$(IFS=,; echo "$*")
   stamp=".venv/.installed-$(cat setup.py <(echo "$extras") | sha256sum | cut -c1-16)"
   [ -e "$stamp" ] && return
-  local python=${PYTHON:-python3}
-  "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || {
-    echo "launch: $("$python" --version) found; expected Python 3.11 to 3.13 (set PYTHON=...)" >&2
+  # The system's own may be older than one beside it; ~/.local/bin is where uv puts its.
+  local python="" candidate known=(python3 python3.13 python3.12 python3.11)
+  for candidate in ${PYTHON:-"${known[@]}" "${known[@]/#/$HOME/.local/bin/}"}; do
+    if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2> /dev/null
+    then python=$candidate; break; fi
+  done
+  [ -n "$python" ] || {
+    echo "launch: $("${PYTHON:-python3}" --version 2>&1) found; expected Python 3.11 to 3.13 (set PYTHON=...)" >&2
     exit 2
   }
   [ -x .venv/bin/python ] || "$python" -m venv .venv

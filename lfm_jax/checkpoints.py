@@ -271,11 +271,14 @@ def load_params(folder: epath.PathLike, *, ema: bool = True, step: int | None = 
             would bear the wrong name.
 
     Raises:
-        UserError: the folder holds no checkpoint, or it is damaged.
+        UserError: the folder holds no checkpoint, not this one, or it is damaged.
     """
-    step = latest_step(folder) if step is None else step
-    if step is None:
+    known = steps(folder)
+    if not known:
         raise UserError(f"{folder}: expected a folder with a saved checkpoint, found none")
+    step = known[-1] if step is None else step
+    if step not in known:
+        raise UserError(f"{folder}: no step {step}; expected one of {', '.join(map(str, known))}")
     path = epath.Path(folder).absolute()
     try:
         return _read_params(path, step, ema)
@@ -309,10 +312,15 @@ def _read_params(folder: epath.Path, step: int, ema: bool) -> Any:
     return part[name]
 
 
+def steps(folder: epath.PathLike) -> list[int]:
+    """The finished steps under `folder`, rising."""
+    path = epath.Path(folder).absolute()
+    return sorted(ocp.utils.checkpoint_steps(path)) if path.exists() else []
+
+
 def latest_step(folder: epath.PathLike) -> int | None:
     """The newest finished step under `folder`, or None."""
-    path = epath.Path(folder).absolute()
-    return max(ocp.utils.checkpoint_steps(path), default=None) if path.exists() else None
+    return max(steps(folder), default=None)
 
 
 # ---- releases

@@ -6,6 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from lfm_jax.config_check_mmd import check_mmd
 from lfm_jax.config_rules import RULES
 from lfm_jax.errors import UserError
 
@@ -82,7 +83,7 @@ def check_config(config: ConfigDict) -> None:
             "--config.encode.import_kind and --config.encode.import_path: set both or neither"
         )
     if config.loss == "mmd":
-        _check_mmd(config)
+        check_mmd(config)
     if config.autoencoder.kind == "pretrained" and config.autoencoder.weights is None:
         raise UserError(
             "--config.autoencoder.weights is unset: autoencoder.kind=pretrained needs "
@@ -93,13 +94,19 @@ def check_config(config: ConfigDict) -> None:
 def _check_condition(config: ConfigDict) -> None:
     section, sample = config.condition, config.sample
     if section.kind == "none":
-        for key, unused in (("condition_guidance", 1.0), ("given", None), ("repeats", 1)):
+        defaults = {"condition_guidance": 1.0, "given": None, "repeats": 1, "masks": ""}
+        for key, unused in defaults.items():
             if sample[key] != unused:
                 raise UserError(
                     f"--config.sample.{key}={sample[key]}: condition.kind=none has no conditions "
                     f"to sample under; expected {unused}"
                 )
         return
+    if sample.repeats > sample.num_samples:
+        raise UserError(
+            f"--config.sample.repeats={sample.repeats}: expected at most sample.num_samples="
+            f"{sample.num_samples}, all samples of one condition"
+        )
     if sample.condition_guidance != 1 and not section.drop:
         raise UserError(
             f"--config.sample.condition_guidance={sample.condition_guidance:g}: guidance needs a "
@@ -128,126 +135,6 @@ def _check_condition(config: ConfigDict) -> None:
 
         check_masks(section.masks)
         check_masks(sample.masks or section.masks)
-
-
-def _check_mmd(config: ConfigDict) -> None:
-    options, batch = config.mmd, config.train.batch_size
-    _check_mmd_features(config)
-    if config.train.evaluate_every:
-        raise UserError(
-            f"--config.train.evaluate_every={config.train.evaluate_every}: finetuning scores its "
-            "snapshots every mmd.validate_every steps; expected 0"
-        )
-    # The loss is over the pairs of one accumulation step: it sees no other samples.
-    seen = batch // config.train.accumulate
-    step = f"the {seen} samples of an update"
-    if config.train.accumulate > 1:
-        step = f"the {seen} samples of one of train.accumulate={config.train.accumulate} steps"
-    if options.estimator != "biased" and seen < 2:
-        raise UserError(
-            f"--config.train.batch_size={batch}: the {options.estimator} estimator needs pairs; "
-            "expected at least 2 samples an accumulation step"
-        )
-    if options.groups > seen // 2:
-        raise UserError(
-            f"--config.mmd.groups={options.groups}: expected at most {seen // 2}, as many as find "
-            "two samples each in an accumulation step"
-        )
-    if seen % options.chunks or options.backward_chunks > options.chunks:
-        raise UserError(
-            f"--config.mmd.chunks={options.chunks}: expected a divisor of {step}, and at least "
-            f"mmd.backward_chunks={options.backward_chunks}"
-        )
-    if options.backprop_steps > options.num_steps:
-        raise UserError(
-            f"--config.mmd.backprop_steps={options.backprop_steps}: expected at most "
-            f"mmd.num_steps={options.num_steps}"
-        )
-    if options.backprop_steps and options.solver == "ddim":
-        raise UserError(
-            f"--config.mmd.backprop_steps={options.backprop_steps}: ddim's steps are not cut; "
-            "expected 0 (all), or another mmd.solver"
-        )
-    if options.eta and options.solver != "ddim":
-        raise UserError(
-            f"--config.mmd.eta={options.eta:g}: expected mmd.solver=ddim as well, whose noise it "
-            f"scales, or 0 (off); {options.solver} adds none"
-        )
-    if options.trainable == "solver" and (options.more_steps or options.solver == "ddim"):
-        raise UserError(
-            "--config.mmd.trainable=solver: a grid has one number of steps; expected no "
-            "mmd.more_steps, and another solver than ddim"
-        )
-    if options.more_steps and "," in options.grid:
-        raise UserError(
-            f"--config.mmd.grid={options.grid}: times are of one N; mmd.more_steps="
-            f"{tuple(options.more_steps)} wants a grid's name"
-        )
-    if options.baked and (options.guidance != 1 or not config.data.num_classes):
-        raise UserError(
-            f"--config.mmd.baked={tuple(options.baked)}: guidance in the target needs classes; "
-            "expected data.num_classes > 0 and mmd.guidance=1"
-        )
-    if options.bank_rows < options.groups:
-        raise UserError(
-            f"--config.mmd.bank_rows={options.bank_rows}: expected at least "
-            f"mmd.groups={options.groups}"
-        )
-    if options.baked and options.real != "bank":
-        raise UserError(f"--config.mmd.real={options.real}: mmd.baked needs bank")
-    if any(scale != 1 for scale in options.baked) and not options.joint:
-        raise UserError(
-            f"--config.mmd.baked={tuple(options.baked)}: guidance in the target is away from other "
-            "classes, which mmd.joint=0 does not tell apart; expected mmd.joint > 0, or no scale "
-            "but 1"
-        )
-    if options.real == "batch" and options.target != "latents":
-        raise UserError(
-            f"--config.mmd.target={options.target}: mmd.real=batch compares with the latents of "
-            "the batch; expected latents, or another mmd.real"
-        )
-    for key in ("guidance", "teacher_guidance"):
-        if options[key] != 1 and not config.data.num_classes:
-            raise UserError(
-                f"--config.mmd.{key}={options[key]:g}: guidance needs classes; expected 1"
-            )
-    if options.real == "mean" and options.kernel != "linear":
-        raise UserError(
-            f"--config.mmd.real=mean: one row stands for all only under mmd.kernel=linear, not "
-            f"{options.kernel}; nystrom does for the others"
-        )
-    if options.groups > config.data.num_classes or (options.groups and options.real != "bank"):
-        raise UserError(
-            f"--config.mmd.groups={options.groups}: expected at most data.num_classes="
-            f"{config.data.num_classes}, and mmd.real=bank"
-        )
-    if options.groups and seen % options.groups:
-        raise UserError(f"--config.mmd.groups={options.groups}: expected a divisor of {step}")
-
-
-def _check_mmd_features(config: ConfigDict) -> None:
-    """Spaces that the options would leave empty, or that these data do not have."""
-    options = config.mmd
-    trained = ("pixels", "latents")
-    needs = {"entries": trained, "network_seeds": trained, "token_times": ("tokens",)}
-    for key, features in needs.items():
-        asking = [name for name in options.features if name in features]
-        if asking and not options[key]:
-            raise UserError(
-                f"--config.mmd.{key}=(): mmd.features={asking[0]} has no space without; expected "
-                "at least one"
-            )
-    trains = set(trained) & set(options.features)
-    if trains and "logits" in options.entries and not config.data.num_classes:
-        raise UserError(
-            f"--config.mmd.entries={tuple(options.entries)}: networks trained without classes "
-            "(data.num_classes=0) have no logits; expected features, maps or both"
-        )
-    if options.decoder == "preview" and config.autoencoder.preview is None:
-        raise UserError(
-            "--config.mmd.decoder=preview: expected autoencoder.preview, the tiny autoencoder to "
-            "decode with, as well"
-        )
 
 
 def _check_finite(value: Any, key: str) -> None:

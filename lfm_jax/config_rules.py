@@ -3,6 +3,7 @@
 Types are ml_collections' own business: a field keeps the type of its default.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -26,6 +27,16 @@ def _one_of(*names: str) -> Rule:
     return lambda v: v in names, "one of " + ", ".join(names)
 
 
+def _some(accepts: Callable[[Any], bool], words: str) -> Rule:
+    """A list of at least one, all of them accepted; `words` are in the plural."""
+    return lambda v: len(v) > 0 and all(map(accepts, v)), f"one or more {words}"
+
+
+def _rising_times(times: Any) -> bool:
+    ends = (0.0, *times)
+    return len(ends) > 1 and times[-1] <= 1 and all(a < b for a, b in itertools.pairwise(ends))
+
+
 RULES: dict[str, Rule] = {
     "seed": _between(0, 2**31 - 1),
     "loss": _one_of("flow", "mmd"),
@@ -37,6 +48,9 @@ RULES: dict[str, Rule] = {
     "autoencoder.kind": _one_of("train", "pretrained", "identity"),
     "autoencoder.decode_dtype": _one_of("float32", "bfloat16"),
     "autoencoder.decode_slice": _at_least(0),
+    "autoencoder.block_out_channels": _some(
+        lambda v: isinstance(v, int) and v >= 1, "whole numbers >= 1"
+    ),
     "autoencoder.layers_per_block": _at_least(1),
     "autoencoder.latent_channels": _at_least(1),
     "autoencoder.norm_groups": _at_least(1),
@@ -68,6 +82,27 @@ RULES: dict[str, Rule] = {
     "condition.depth": _at_least(0),
     "condition.heads": _at_least(1),
     "model.dtype": _one_of("float32", "bfloat16"),
+    "model.hidden": _at_least(1),
+    "model.depth": _at_least(1),
+    "model.heads": _at_least(1),
+    "model.patch": _at_least(1),
+    "model.mlp_ratio": _more_than(0),
+    "model.channels": _at_least(1),
+    "model.mult": _some(lambda v: v > 0, "numbers > 0"),
+    "model.blocks": _at_least(1),
+    "model.head_channels": (lambda v: v >= 0, "a number >= 1, or 0 (unet: model.heads instead)"),
+    "model.dropout": (lambda v: 0 <= v < 1, "a probability in [0, 1)"),
+    # The network takes a word that it does not know for the other one.
+    "model.embedding": _one_of("positional", "fourier"),
+    "model.encoder": _one_of("standard", "residual"),
+    "model.filter_taps": (
+        lambda v: len(v) > 0 and len(v) % 2 == 0 and min(v) > 0,
+        "an even count of numbers > 0, such as (1,3,3,1)",
+    ),
+    "model.noise_mult": _at_least(1),
+    "model.context_dim": _at_least(0),
+    "model.transformer_depth": _at_least(1),
+    "model.out_channels": _at_least(0),
     "model.time_scale": _more_than(0),
     "train.steps": _at_least(1),
     "train.batch_size": _at_least(1),
@@ -181,6 +216,7 @@ RULES: dict[str, Rule] = {
     "classifier.blocks": _at_least(1),
     "classifier.log_every": _at_least(1),
     "classifier.save_every": _at_least(1),
+    "evaluate.metrics": (lambda v: len(v) > 0, "at least one name of evaluate.METRICS"),
     "evaluate.num_real": _at_least(2),
     "evaluate.memorisation": _at_least(0),
     "evaluate.pipeline": _one_of("", "tf1", "torch", "clean"),
@@ -201,7 +237,11 @@ RULES: dict[str, Rule] = {
     "edit.completions": _at_least(2),
     "edit.mode": _one_of("shift", "project", "reflect", "rotate"),
     "edit.unit": _one_of("margin", "absolute"),
-    "edit.strengths": (lambda v: len(v) > 0 and all(map(math.isfinite, v)), "finite numbers"),
+    "edit.times": (_rising_times, "one or more rising times in (0, 1]"),
+    "edit.strengths": (  # of which the smallest that flips is chosen: 0 flips nothing
+        lambda v: any(v) and all(map(math.isfinite, v)),
+        "finite numbers, at least one of them not 0",
+    ),
     "edit.hidden_weight": (math.isfinite, "a finite number"),
     "edit.eta": _between(0, 1),
     "edit.num_steps": _at_least(2),

@@ -143,7 +143,7 @@ def state_sharding(abstract: Any, mesh: Mesh, rules: Rules = ()) -> Any:
 def gathered(tree: Any, shardings: Any) -> Any:
     """Inside a program: arrays that lie as `shardings` say, made whole along ``fsdp``.
 
-    Once, before they are used. Left to itself the compiler takes a parameter that is split like the
+    Before they are used. Left to itself the compiler takes a parameter that is split like the
     batch for a split product, and sends activations around instead: of a DiT-XL/2 nine times as
     much as the parameters are.
     """

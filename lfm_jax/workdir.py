@@ -16,6 +16,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
+from lfm_jax import checkpoints
 from lfm_jax import config as config_lib
 from lfm_jax.errors import UserError
 from lfm_jax.writers import write_json
@@ -115,14 +116,28 @@ class Workdir:
         parts = ("autoencoder", "latents", "checkpoints", "results")
         return any((self.root / part).exists() for part in parts)
 
+    def holds_weights(self) -> bool:
+        """Whether a velocity network has been trained, finetuned or converted here."""
+        places = (self.checkpoints, self.root / "finetune")
+        return any(checkpoints.latest_step(place) is not None for place in places)
+
     def checkpoint(self) -> str:
         """Fingerprint of the newest weights, trained here or converted.
 
         Raises:
-            UserError: there are none.
+            UserError: there are none, or the newest are not those that the last job ended with:
+                what is made of them would bear another's name.
         """
-        made = self.result("train") or self.result("convert")
-        return (made or self.require_result("train"))["checkpoint"]
+        made = self.result("train") or self.result("convert") or self.require_result("train")
+        ended = made.get("snapshot_step", made.get("steps", 0))
+        newest = checkpoints.latest_step(self.checkpoints)
+        if newest not in (None, ended):
+            raise UserError(
+                f"{self.checkpoints}: the newest checkpoint is of step {newest}, the last training "
+                f"that ended was at step {ended}; expected --job=train to end first (with "
+                f"--config.train.steps={newest} it ends there)"
+            )
+        return made["checkpoint"]
 
 
 def on_main_process(action: Callable[[], None]) -> None:
@@ -178,8 +193,10 @@ def _claim(workdir: Workdir, config: ConfigDict) -> None:
                 f"{workdir.config}: expected the JSON that a run of lfm_jax wrote; "
                 "remove it or choose another --workdir"
             ) from error
-        # A run that made nothing has no claim.
-        differing = _differing(found, wanted)
+        # A run that made nothing has no claim, and one without weights none to a network.
+        free = () if workdir.holds_weights() else ("loss", "model", "train", "mmd")
+        theirs, ours = ({k: v for k, v in x.items() if k not in free} for x in (found, wanted))
+        differing = _differing(theirs, ours)
         if differing and workdir.holds_work():
             raise UserError(
                 f"--workdir={workdir.root} holds another config's run; differing: {differing}; "

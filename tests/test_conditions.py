@@ -280,7 +280,7 @@ def test_a_run_from_an_unconditional_one_starts_as_it(monkeypatch):
     fresh = partial(init_conditioned, condition, model, KEY, (4, 4, 2))
     state = create_state(fresh, optax.sgd(0.1), make_mesh(devices=jax.devices()[:1]), ema=False)
     monkeypatch.setattr(train.origin, "initial_params", lambda init: old)
-    state = train._start_from(config, state)
+    state, _ = train._start_from(config, state)
     x, t = jax.random.normal(KEY, (2, 4, 4, 2)), jnp.array([0.2, 0.8])
     cond = Cond(spatial=jax.random.normal(jax.random.key(2), (2, 4, 4, 6)))
     wanted = model.apply({"params": old}, x, t)

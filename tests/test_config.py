@@ -10,7 +10,7 @@ from lfm_jax.config import content_hash, default_config, overrides, to_json
 from lfm_jax.config_check import check_config
 from lfm_jax.config_rules import RULES
 from lfm_jax.errors import UserError
-from lfm_jax.models import count_params, create_model, init_params
+from lfm_jax.models import NAMES, count_params, create_model, init_params
 
 FILES = sorted(p.name for p in (ROOT / "configs").glob("*.py"))
 
@@ -73,6 +73,10 @@ def test_variants_are_the_published_networks(name, variant, side, millions):
     assert count_params(shapes) / 1e6 == pytest.approx(millions, abs=0.06)
 
 
+COUNTS = ("hidden", "depth", "heads", "patch", "channels", "blocks", "noise_mult")
+COUNTS += ("transformer_depth",)
+
+
 @pytest.mark.parametrize(
     "key, value",
     [
@@ -92,6 +96,28 @@ def test_variants_are_the_published_networks(name, variant, side, millions):
         ("mmd.token_times", (0.0,)),
         ("mmd.token_times", (0.5, 1.5)),
         ("edit.strengths", (None,)),
+        ("edit.strengths", (0.0,)),
+        ("edit.strengths", ()),
+        ("edit.times", ()),
+        ("edit.times", (0.5, 0.5)),
+        ("edit.times", (0.5, 1.5)),
+        ("evaluate.metrics", ()),
+        ("autoencoder.block_out_channels", ()),
+        ("autoencoder.block_out_channels", (0, 8)),
+        ("autoencoder.block_out_channels", (8.0, 8)),
+        ("model.embedding", "sinusoidal"),
+        ("model.encoder", "resid"),
+        ("model.mult", ()),
+        ("model.mult", (1, 0)),
+        ("model.mult", ("2",)),
+        ("model.mlp_ratio", 0.0),
+        ("model.dropout", 1.0),
+        ("model.filter_taps", ()),
+        ("model.filter_taps", (1, 2, 1)),
+        ("model.head_channels", -1),
+        ("model.context_dim", -1),
+        ("model.out_channels", -1),
+        *((f"model.{name}", 0) for name in COUNTS),
     ],
 )
 def test_a_value_out_of_range_is_named_with_what_is_accepted(key, value):
@@ -101,6 +127,18 @@ def test_a_value_out_of_range_is_named_with_what_is_accepted(key, value):
     with pytest.raises(UserError, match=key) as caught:
         check_config(config)
     assert str(value) in str(caught.value) and "expected" in str(caught.value)
+
+
+def test_fields_of_the_network_take_what_the_networks_take():
+    config = default_config()
+    for name, (_, preset) in NAMES.items():
+        config.model = default_config().model
+        for field, value in {"name": name, **preset}.items():
+            config.model[field] = value
+        check_config(config)
+    for field, value in {"mult": (0.5, 1), "head_channels": 0, "context_dim": 0}.items():
+        config.model[field] = value
+    check_config(config)
 
 
 def test_every_rule_belongs_to_a_field():
@@ -113,7 +151,7 @@ def test_every_rule_belongs_to_a_field():
 def test_fields_that_contradict_are_refused():
     config = default_config()
     config.sample.rtol = 1e-5
-    with pytest.raises(UserError, match="both or neither"):
+    with pytest.raises(UserError, match="both, or neither"):
         check_config(config)
     config = default_config()
     config.sample.guidance, config.train.label_drop = 2.0, 0.0

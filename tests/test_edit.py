@@ -139,6 +139,8 @@ def test_images_come_from_files_indices_and_samples(release, tmp_path):
         ({"images": "test:99999"}, "99999 is not in 0..354"),
         ({"images": "/no/such/image.png"}, "expected test, train"),
         ({"strengths": (1.0, float("nan"))}, "edit.strengths=.*nan.*finite numbers"),
+        ({"strengths": (0.0,)}, r"edit.strengths=\(0.0,\): .*at least one of them not 0"),
+        ({"times": (), "time": None}, r"edit.times=\(\): expected one or more rising times"),
         ({"also": ("pixels:slant",)}, "one weight for each"),
         ({"time": 1.5}, r"a time in \(0, 1\]"),
         ({"space": "h", "layer": "mid"}, "'mid' is none of this network's block_00"),

@@ -5,11 +5,13 @@ import json
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
 from lfm_jax import checkpoints, jobs, vae, weights
 from lfm_jax.config import default_config
 from lfm_jax.errors import UserError
 from lfm_jax.jobs import build
+from lfm_jax.workdir import Workdir
 
 
 def digits():
@@ -65,6 +67,37 @@ def test_a_release_is_whole(workdir):
     card = (release / "README.md").read_text()
     for words in ("license: apache-2.0", "not evaluated", '"hidden": 64', "10 classes", "restore("):
         assert words in card
+
+
+def test_a_release_holds_what_this_export_asked_for(workdir):
+    config = digits()
+    config.export.families = ("lfm-dit",)
+    assert "lfm-dit.safetensors" in jobs.run_job("export", config, str(workdir))["files"]
+    files = jobs.run_job("export", digits(), str(workdir))["files"]
+    assert "lfm-dit.safetensors" not in files and "vae/config.json" in files
+
+
+def test_a_run_from_a_release_sees_the_latents_of_its_weights(workdir, tmp_path):
+    jobs.run_job("export", digits(), str(workdir))
+    config = digits()
+    config.init, config.seed = str(workdir / "release"), 5
+    made = jobs.run_job("autoencode", config, str(tmp_path / "next"))
+    there = jobs.run_job("autoencode", digits(), str(workdir))
+    assert made["taken_over"] and made["latent_scale"] == there["latent_scale"]
+    one, two = (
+        build.codec(c, Workdir(epath.Path(folder)))
+        for c, folder in ((digits(), workdir), (config, tmp_path / "next"))
+    )
+    assert one.fingerprint == two.fingerprint and one.scale == two.scale
+    z = np.random.default_rng(0).normal(size=(2, 4, 4, one.latent_channels)).astype("f")
+    decode = jax.jit(lambda codec, z: codec.decode(z))
+    np.testing.assert_allclose(decode(two, z), decode(one, z), atol=1e-6)
+    jobs.run_job("encode", config, str(tmp_path / "next"))
+    jobs.run_job("train", config, str(tmp_path / "next"))
+    config.init = None
+    with pytest.raises(UserError, match="trained on another data stream"):
+        config.train.steps = 2
+        jobs.run_job("train", config, str(tmp_path / "next"))
 
 
 def test_a_dry_run_lists_what_a_push_sends(workdir, monkeypatch, capfd):

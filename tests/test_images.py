@@ -9,6 +9,7 @@ import os
 import struct
 import urllib.error
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from PIL import Image
 from lfm_jax.data import download_fashion_mnist, open_images
 from lfm_jax.data.idx import read_idx
 from lfm_jax.data.pixels import Preprocess, center_crop
+from lfm_jax.data.source import hashed
 from lfm_jax.errors import UserError
 
 FASHION = "/usr/share/datasets/fashion-mnist"
@@ -247,6 +249,154 @@ def test_flat_folder_and_tables(tmp_path, kind):
         opened(labels=str(tmp_path / "none.csv"))
 
 
+def at(folder, kind):
+    """The path of a folder, or of a zip of what it holds now."""
+    return str(folder) if kind == "folder" else zipped(folder, folder.with_suffix(".zip"))
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+@pytest.mark.parametrize("held_out", ["test", "val", "validation", "valid"])
+def test_a_class_has_one_number_in_every_split(tmp_path, kind, held_out):
+    """Whichever split lacks a class, and however deep the others' images lie."""
+    train = ["train/a/1.png", "train/b/deep/2.png", "train/c/3.png"]
+    test = [f"{held_out}/a/4.png", f"{held_out}/c/deep/5.png", f"{held_out}/d/6.png"]
+    write_tree(tmp_path / "set", [*train, *test])
+    (tmp_path / "set" / held_out / "notes").mkdir()
+    (tmp_path / "set" / held_out / "notes/readme.txt").write_text("no class")
+    path = at(tmp_path / "set", kind)
+    for split, numbers in (("train", [0, 1, 2]), ("test", [0, 2, 3])):
+        source = open_images(kind, path=path, split=split, image_size=16, num_classes=4)
+        assert source.class_names == ("a", "b", "c", "d") and source.labels.tolist() == numbers
+
+
+def test_links_make_no_classes_that_their_own_split_does_not_see(tmp_path):
+    write_tree(tmp_path, ["train/b/1.png", "test/b/2.png"])
+    (tmp_path / "test/a").mkdir()
+    (tmp_path / "test/a/up").symlink_to(tmp_path / "test")
+    (tmp_path / "test/c").symlink_to(tmp_path / "test/b")
+    for split in ("train", "test"):
+        assert open_images("folder", path=str(tmp_path), split=split).class_names == ("b",)
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_splits_without_class_names_do_not_number_those_of_others(tmp_path, kind):
+    folder = tmp_path / "set"
+    write_tree(folder, ["train/b/1.png", "train/c/2.png", "test/a/3.png", "val/4.png"])
+    (folder / "test/labels.csv").write_text("a/3.png,7\n")
+    assert open_images(kind, path=at(folder, kind)).labels.tolist() == [0, 1]
+    (folder / "test/labels.csv").unlink()
+    (folder / "test/dataset.json").write_text(json.dumps({"labels": [["a/3.png", 7]]}))
+    assert open_images(kind, path=at(folder, kind)).labels.tolist() == [0, 1]
+    (folder / "test/dataset.json").write_text(json.dumps({"labels": None}))
+    assert open_images(kind, path=at(folder, kind)).labels.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_names_in_tables_have_one_number_in_every_split(tmp_path, kind):
+    folder, table = tmp_path / "set", tmp_path / "table.csv"
+    write_tree(folder, ["train/1.png", "train/2.png", "test/3.png"])
+
+    def numbered(**options):
+        path = at(folder, kind)
+        sources = [open_images(kind, path=path, split=s, **options) for s in ("train", "test")]
+        assert sources[0].class_names == sources[1].class_names
+        return [source.labels.tolist() for source in sources], sources[0].class_names
+
+    # "breed" is a header that is not known: it is no class.
+    table.write_text("image,breed\n1.png,cat\n2.png,dog\n3.png,dog\n")
+    assert numbered(labels=str(table)) == ([[0, 1], [1]], ("cat", "dog"))
+    (folder / "train/labels.csv").write_text("1.png,ape\n2.png,dog\n")
+    (folder / "test/labels.csv").write_text("3.png,cat\n")
+    assert numbered() == ([[0, 2], [1]], ("ape", "cat", "dog"))
+    table.write_text("image,breed\n1.png,3\n2.png,10\n3.png,0\n")  # numbers stay what they are
+    source = open_images(kind, path=at(folder, kind), labels=str(table), num_classes=12)
+    assert source.labels.tolist() == [3, 10] and source.num_classes == 12
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_a_fingerprint_follows_from_files_and_labels_alone(tmp_path, kind):
+    """Latent caches on disk know their images by it: written out here, so that it stays."""
+    write_tree(tmp_path / "set", TREE)
+    path = at(tmp_path / "set", kind)
+    (tmp_path / "table.csv").write_text("cat/a.png,2\ncat/b.png,0\ndog/c.png,1\n")
+    for split, folder, table, labels in (
+        ("train", "train", "", [0, 0, 1]),
+        ("test", "val", "", [0, 1]),
+        ("train", "train", str(tmp_path / "table.csv"), [2, 0, 1]),
+    ):
+        names = [n.removeprefix(f"{folder}/") for n in TREE if n.startswith(folder)]
+        data = [(tmp_path / "set" / folder / name).read_bytes() for name in names]
+        sums = [zlib.crc32(d) if kind == "zip" else None for d in data]
+        listing = [[n, len(d), crc] for n, d, crc in zip(names, data, sums, strict=True)]
+        contents = [hashed(d) for d in data] if kind == "folder" else []
+        spec = {"image_size": 16, "channels": 3, "fit": "crop"}
+        source = open_images(kind, path=path, split=split, image_size=16, labels=table)
+        assert source.labels.tolist() == labels
+        assert source.fingerprint == hashed(listing, contents, np.array(labels), spec)
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_what_other_programs_leave_is_no_class_and_no_image(tmp_path, kind):
+    folder = tmp_path / "set"
+    write_tree(folder, ["train/cat/a.png", "train/dog/b.png", "test/cat/c.png"])
+    left = [
+        "train/.ipynb_checkpoints/a-checkpoint.png",
+        "train/cat/._a.png",
+        "__MACOSX/train/x.png",
+    ]
+    left += ["train/dog/.thumbnails/b.png", "test/__MACOSX/c.png", "test/.trash/deep/d.png"]
+    left += ["test/bird/._a.png", "test/bird/.thumbnails/a.png"]
+    write_tree(folder, left)
+    train = open_images(kind, path=at(folder, kind), image_size=16)
+    assert train.class_names == ("cat", "dog") and train.files == ("cat/a.png", "dog/b.png")
+    test = open_images(kind, path=at(folder, kind), split="test", image_size=16)
+    assert test.files == ("cat/c.png",)
+
+
+def test_a_zip_of_names_that_begin_with_a_dot_and_a_slash(tmp_path):
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        for name in TREE:
+            archive.writestr(f"./{name}", png(picture(0)))
+    source = open_images("zip", path=str(tmp_path / "set.zip"), split="test")
+    assert source.class_names == ("cat", "dog") and source.files == ("cat/d.png", "dog/e.png")
+    assert source[1]["image"].shape == (20, 30, 3)
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_classes_with_names_are_never_filled_up_with_numbers(tmp_path, kind):
+    folder = tmp_path / "set"
+    write_tree(folder, ["cat/a.png", "dog/b.png"])
+
+    def opened(**options):
+        return open_images(kind, path=at(folder, kind), image_size=16, **options)
+
+    line = r"data\.num_classes=3: {}:.*set\S* has 2 classes \({}\); expected 2$"
+    with pytest.raises(UserError, match=line.format(kind, "cat, dog")):
+        opened(num_classes=3)
+    table = tmp_path / "table.csv"
+    table.write_text("cat/a.png,shoe\ndog/b.png,bag\n")
+    with pytest.raises(UserError, match=line.format(kind, "bag, shoe")):
+        opened(num_classes=3, labels=str(table))
+    assert [opened(num_classes=n).num_classes for n in (0, 2)] == [2, 2]
+    table.write_text("cat/a.png,0\ndog/b.png,1\n")  # numbers need not all occur
+    assert opened(num_classes=3, labels=str(table)).class_names == ("0", "1", "2")
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_a_folder_around_the_classes_is_one_class_and_the_line_says_so(tmp_path, kind):
+    write_tree(tmp_path / "set", ["pets/cat/a.png", "pets/dog/b.png"])
+    path = at(tmp_path / "set", kind)
+    with pytest.raises(
+        UserError, match=r"has 1 class \(pets\); .*subfolders of pets/ \(cat, dog\)"
+    ):
+        open_images(kind, path=path, num_classes=2)
+    assert open_images(kind, path=path).labels.tolist() == [0, 0]
+    assert open_images(kind, path=path, num_classes=1).class_names == ("pets",)
+    if kind == "folder":
+        inside = open_images(kind, path=f"{path}/pets", num_classes=2)
+        assert inside.class_names == ("cat", "dog")
+
+
 def test_bad_folders_and_files_are_named(tmp_path):
     def opened(path, **options):
         return open_images("folder", path=str(path), image_size=16, **options)
@@ -322,11 +472,36 @@ def test_sixteen_bit_and_palette_and_alpha_files():
     Image.fromarray(deep).save(buffer, "PNG")
     decoded = Preprocess(channels=1).encoded(buffer.getvalue(), "deep")
     np.testing.assert_array_equal(decoded[..., 0], deep >> 8)
+    graymap = b"P5 16 16 65535\n" + deep.astype(">u2").tobytes()  # Pillow opens it as 32 bits
+    decoded = Preprocess(channels=1).encoded(graymap, "deep")
+    np.testing.assert_array_equal(decoded[..., 0], deep >> 8)
     colour = Image.fromarray(picture(1))
     for mode in ("P", "RGBA", "CMYK", "1"):
         buffer = io.BytesIO()
         colour.convert(mode).save(buffer, "TIFF")
         assert Preprocess().encoded(buffer.getvalue(), mode).shape == (20, 30, 3)
+
+
+def tiff(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, "TIFF")
+    return buffer.getvalue()
+
+
+def test_files_whose_black_and_white_are_not_known_are_refused(tmp_path):
+    """Pillow would make a float image in [0, 1] black and clip large whole numbers."""
+    deep = np.arange(0, 65536, 256, dtype=np.int32).reshape(16, 16)
+    gray = Preprocess(channels=1)
+    np.testing.assert_array_equal(gray.encoded(tiff(deep), "deep")[..., 0], deep >> 8)
+    np.testing.assert_array_equal(gray.encoded(tiff(deep >> 8), "gray")[..., 0], deep >> 8)
+    for array, words in (
+        ((deep / 65535).astype(np.float32), r"mode F \(floats\)"),
+        (2 * deep, r"mode I \(whole numbers\) with values from 0 to 130560"),
+        (deep - 9, r"mode I \(whole numbers\) with values from -9 to 65271"),
+    ):
+        (tmp_path / "a.tif").write_bytes(tiff(array))
+        with pytest.raises(UserError, match=rf"a\.tif: {words}.*expected .* 8 or 16 bits"):
+            open_images("folder", path=str(tmp_path))[0]
 
 
 def test_padding_too_small_and_unknown_choices():
@@ -403,6 +578,8 @@ def test_lmdb_of_encoded_files_never_opens_the_pickled_keys(tmp_path):
     both = open_images("lmdb", path=str(tmp_path), image_size=16)
     assert both.class_names == ("bedroom", "church_outdoor")
     assert both.labels.tolist() == [0] * 2 + [1] * 9
+    with pytest.raises(UserError, match=r"num_classes=3: lmdb:.* has 2 classes \(bedroom, church"):
+        open_images("lmdb", path=str(tmp_path), image_size=16, num_classes=3)
 
 
 def test_bad_lmdb_is_named(tmp_path):

@@ -255,6 +255,38 @@ def test_processes_end_with_the_status_that_counts(tmp_path, statuses, wanted):
     assert (tmp_path / "logs/process_1.log").read_text() == "told 1\n"
 
 
+def _pythons(folder, versions):
+    """Pythons by name that know their version, write down how they are called and do no more."""
+    folder.mkdir(parents=True)
+    for name, version in versions.items():
+        fits = 0 if version >= (3, 11) else 1
+        told = "Python " + ".".join(map(str, version))
+        stub = folder / name
+        stub.write_text(
+            "#!/usr/bin/env bash\n"
+            f'case "$1" in -c) exit {fits} ;; --version) echo {told}; exit ;; esac\n'
+            f'echo "{name} $*" >> calls; mkdir -p .venv/bin; cp "$0" .venv/bin/python\n'
+        )
+        stub.chmod(0o755)
+
+
+@pytest.mark.parametrize("place", ["bin", ".local/bin"])
+def test_a_newer_python_beside_an_old_one_is_found(tmp_path, place):
+    old = dict.fromkeys(("python3", "python3.13", "python3.12", "python3.11"), (3, 10))
+    _pythons(tmp_path / "old", old)
+    (tmp_path / "setup.py").touch()
+    env = {"PATH": f"{tmp_path}/old:{os.environ['PATH']}", "HOME": str(tmp_path)}
+    script = ["bash", "-c", f"source {ROOT}/launch/venv.sh && ensure_venv"]
+    done = subprocess.run(script, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and "Python 3.10 found; expected Python 3.11 to" in done.stderr
+    assert not (tmp_path / ".venv").exists()
+    _pythons(tmp_path / place, {"python3.12": (3, 12)})
+    env["PATH"] = f"{tmp_path}/bin:{env['PATH']}"
+    done = subprocess.run(script, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "calls").read_text().startswith("python3.12 -m venv .venv\n")
+
+
 def test_a_process_that_hangs_when_another_fails_is_ended(tmp_path):
     python = tmp_path / "python"
     python.write_text(

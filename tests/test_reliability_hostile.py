@@ -332,7 +332,7 @@ SLOW = pytest.param("^converter", marks=pytest.mark.slow)  # a network is traced
 
 @pytest.mark.parametrize("readers", ["^(?!converter)", SLOW])
 def test_every_reader_on_a_few_malformed_files(readers):
-    """The night's fuzzing, briefly."""
+    """The hours of fuzzing, briefly."""
     command = [sys.executable, "-m", "benchmarks.fuzz", "--examples", "12"]
     command += ["--only", readers]
     environment = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH=str(ROOT))

@@ -172,6 +172,12 @@ def test_another_stream_is_refused(tmp_path):
         train(tmp_path, steps=6)
 
 
+def test_fewer_steps_than_there_are_make_no_result(tmp_path):
+    train(tmp_path, steps=6)
+    with pytest.raises(UserError, match="holds step 6, beyond the 3 steps asked for"):
+        train(tmp_path, steps=3)
+
+
 def test_a_damaged_log_does_not_stop_a_run(tmp_path):
     path = tmp_path / "train.jsonl"
     path.write_bytes(b'{"step": 1}\n\xff\xfe{"st\n{"step": "x"}\n[]\n{"step": 2}\n{"step": 9}\n')

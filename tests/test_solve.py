@@ -54,14 +54,14 @@ def plan_of(model, *, scale=1.0, **solver):
 
 def drawn(plan, params):
     images, latents, stats = solve.generate(
-        plan, identity_codec(1), params, INDICES, LABELS, {}, guide.Helpers()
+        plan, identity_codec(1), params, INDICES, LABELS, {}, guide.OtherNetworks()
     )
     return np.asarray(images), latents, stats
 
 
 def strip(plan, params, count):
     states = solve.snapshots(
-        plan, count, identity_codec(1), params, INDICES, LABELS, {}, guide.Helpers()
+        plan, count, identity_codec(1), params, INDICES, LABELS, {}, guide.OtherNetworks()
     )
     return [np.asarray(x).astype(int) for x in states]
 
@@ -95,10 +95,15 @@ def test_a_weak_network_sees_the_condition_through_its_own_encoder(network):
     plan = dataclasses.replace(
         plan_of(model, num_steps=1),
         condition=(condition, 1.0),
-        beyond=(("rescale", 0.0), ("away", 3.0), ("gradient", 0.0), ("max_weight", 1.0)),
+        beyond=(
+            ("rescale", 0.0),
+            ("weak_scale", 3.0),
+            ("classifier_scale", 0.0),
+            ("max_weight", 1.0),
+        ),
     )
     picked = {"map": draw.integers(0, 3, (3, 8, 8)).astype(np.uint8)}
-    beside = guide.Helpers(weak=NetworkVelocity(params=weak, model=model))
+    beside = guide.OtherNetworks(weak=NetworkVelocity(params=weak, model=model))
     _, latents, _ = solve.generate(plan, None, strong, INDICES, LABELS, picked, beside)
 
     def velocity(params):

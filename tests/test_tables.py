@@ -1,6 +1,7 @@
 """The tables that readers see say what the result files say."""
 
 import json
+import re
 
 import pytest
 
@@ -12,6 +13,21 @@ def test_readme_and_docs_are_in_step_with_the_result_files():
         str(page) for page in tables.pages() if tables.updated(page.read_text()) != page.read_text()
     ]
     assert not stale, f"run `python -m benchmarks.tables`: {stale}"
+
+
+def test_files_that_the_pages_name_are_there():
+    pages = [*tables.pages(), tables.ROOT / "CONTRIBUTING.md"]
+    wanted = set()
+    for page in pages:
+        text = page.read_text()
+        wanted |= set(
+            re.findall(r"\b(?:tests|configs|launch|lfm_jax|benchmarks)/[\w/]+\.\w+", text)
+        )
+        modules = re.findall(r"python -m ((?:benchmarks|lfm_jax)(?:\.\w+)+)", text)
+        wanted |= {module.replace(".", "/") + ".py" for module in modules}
+    wanted.discard("configs/NAME.py")  # whatever it is called
+    assert len(wanted) > 40
+    assert not [name for name in sorted(wanted) if not (tables.ROOT / name).exists()]
 
 
 def test_a_table_shows_what_failed_too(tmp_path, monkeypatch):

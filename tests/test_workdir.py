@@ -32,7 +32,7 @@ def test_another_config_is_refused_with_the_differing_key(workdir, section, fiel
     config = default_config()
     claim(workdir, config)
     before = workdir.config.read_text()
-    workdir.checkpoints.mkdir()
+    (workdir.checkpoints / "20").mkdir(parents=True)
     config[section][field] = value
     with pytest.raises(UserError, match=rf"{section}\.{field}"):
         claim(workdir, config)
@@ -42,7 +42,7 @@ def test_another_config_is_refused_with_the_differing_key(workdir, section, fiel
 def test_a_field_added_since_has_its_default(workdir):
     config = default_config()
     claim(workdir, config)
-    workdir.checkpoints.mkdir()
+    (workdir.checkpoints / "20").mkdir(parents=True)
     stored = json.loads(workdir.config.read_text())
     del stored["identity"]["model"]["mult"], stored["identity"]["train"]["b2"]
     workdir.config.write_text(json.dumps(stored))
@@ -56,7 +56,7 @@ def test_a_field_added_since_has_its_default(workdir):
 def test_a_field_that_became_free_binds_no_more(workdir):
     config = default_config()
     claim(workdir, config)
-    workdir.checkpoints.mkdir()
+    (workdir.checkpoints / "20").mkdir(parents=True)
     stored = json.loads(workdir.config.read_text())
     stored["identity"]["autoencoder"]["decode_dtype"] = "bfloat16"
     stored["identity"]["encode"]["workers"] = 3
@@ -68,7 +68,7 @@ def test_a_finetuning_begun_before_a_field_of_its_was_there_goes_on(workdir):
     config = default_config()
     config.loss = "mmd"
     claim(workdir, config)
-    workdir.checkpoints.mkdir()
+    (workdir.checkpoints / "20").mkdir(parents=True)
     stored = json.loads(workdir.config.read_text())
     del stored["identity"]["mmd"]["joint"]
     stored["identity"]["mmd"]["networks"] = "/elsewhere"
@@ -85,6 +85,28 @@ def test_a_run_that_made_nothing_has_no_claim(workdir):
     config.model.depth = 3
     claim(workdir, config)
     assert json.loads(workdir.config.read_text())["config"]["model"]["depth"] == 3
+
+
+def test_what_stands_before_a_network_is_not_bound_to_one(workdir):
+    """A size that does not add up is mended in the workdir that holds hours of latents."""
+    config = default_config()
+    claim(workdir, config)
+    workdir.latents("train").mkdir(parents=True)
+    config.model.heads, config.train.batch_size = 5, 7
+    claim(workdir, config)
+    config.autoencoder.latent_channels = 9
+    with pytest.raises(UserError, match=r"autoencoder\.latent_channels"):
+        claim(workdir, config)
+
+
+def test_weights_that_no_ended_training_left_bear_no_name(workdir):
+    told = {"checkpoint": "abc", "steps": 20}
+    write_result(workdir, "train", default_config(), {}, told)
+    (workdir.checkpoints / "20").mkdir(parents=True)
+    assert workdir.checkpoint() == "abc"
+    (workdir.checkpoints / "50").mkdir()
+    with pytest.raises(UserError, match=r"step 50, .* ended was at step 20.*train\.steps=50"):
+        workdir.checkpoint()
 
 
 def test_a_foreign_file_in_the_place_of_ours_is_refused(workdir):

@@ -1,26 +1,19 @@
 """Images as files: a folder or a zip of class subfolders, a flat one, labels by name or by table.
 
-Labels come from, in this order: the CSV file that the caller names; a ``labels.csv`` or an
-EDM-style ``dataset.json`` beside the images; the names of the first-level subfolders, sorted; none
-(a flat folder).
+How labels and class names follow from the files: `lfm_jax.data.folder_labels`. Names that begin
+with a dot and ``__MACOSX`` are other programs' notes: neither classes nor images.
 """
 
-import csv
-import io
-import json
 import os
-import re
 import zipfile
-from collections.abc import Callable
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterable
+from pathlib import Path
 
-import numpy as np
-
+from lfm_jax.data.folder_labels import SUFFIXES, Files, advice, is_image, read_labels
 from lfm_jax.data.pixels import Preprocess
-from lfm_jax.data.source import ImageSource, encoded_source, hashed
+from lfm_jax.data.source import ImageSource, check_count, encoded_source, hashed
 from lfm_jax.errors import UserError
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 SPLIT_FOLDERS = {
     "train": ("train", "training"),
     "test": ("test", "val", "validation", "valid"),
@@ -28,10 +21,11 @@ SPLIT_FOLDERS = {
 }
 _MAX_FILE_BYTES = 1 << 29  # a zip entry may claim any size
 _SAMPLED_CONTENTS = 128
-_MAX_CLASSES = 1_000_000
 
 
-def open_folder(path: str, *, split: str, preprocess: Preprocess, labels: str = "") -> ImageSource:
+def open_folder(
+    path: str, *, split: str, preprocess: Preprocess, labels: str = "", num_classes: int = 0
+) -> ImageSource:
     """Image files under a folder.
 
     Args:
@@ -40,36 +34,32 @@ def open_folder(path: str, *, split: str, preprocess: Preprocess, labels: str = 
         split: "train", "test" or "validation".
         preprocess: size, channels and crop.
         labels: CSV file of ``file,label`` rows; files relative to the split's folder.
+        num_classes: fewer classes with names than this are refused; 0 accepts any.
 
     Raises:
-        UserError: no folder, no images, no such split, a table that does not fit the files; when
-            read, a file that is not an image.
+        UserError: no folder, no images, no such split, a table that does not fit the files, too few
+            classes; when read, a file that is not an image.
     """
     root = Path(path).expanduser()
     if not root.is_dir():
         raise UserError(f"folder {path!r}: no such folder; expected one of image files")
     inside = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
-    root = root / _split_prefix(inside, split, path)
-    sizes, walked = {}, set()
-    for parent, folders, names in os.walk(root, followlinks=True):
-        place = os.path.realpath(parent)
-        if place in walked:  # a link back up: what is behind it has been seen
-            folders.clear()
-            continue
-        walked.add(place)
-        folders.sort()
-        prefix = "" if parent == os.fspath(root) else os.path.relpath(parent, root) + "/"
-        for name in names:
-            if name.lower().endswith((*SUFFIXES, ".csv", ".json")):
-                sizes[prefix + name] = os.path.getsize(os.path.join(parent, name))
+    prefix = _split_prefix(inside, split, path)
 
-    def read(name: str) -> bytes:
-        return (root / name).read_bytes()
+    def part(folder: Path, sizes: dict[str, int]) -> Files:
+        def read(name: str) -> bytes:
+            return (folder / name).read_bytes()
 
-    return _open_files(f"folder:{root}", sizes, {}, read, preprocess, labels)
+        return Files(where=f"folder:{folder}", sizes=sizes, checksums={}, read=read)
+
+    chosen = part(root / prefix, _listed(root / prefix))
+    others = (part(root / name, _glimpse(root / name)) for name in _others(inside, prefix))
+    return _opened(chosen, others, preprocess, labels, num_classes)
 
 
-def open_zip(path: str, *, split: str, preprocess: Preprocess, labels: str = "") -> ImageSource:
+def open_zip(
+    path: str, *, split: str, preprocess: Preprocess, labels: str = "", num_classes: int = 0
+) -> ImageSource:
     """The same layouts as `open_folder` inside a zip file; its checksums make the fingerprint."""
     file = Path(path).expanduser()
     if not file.is_file():
@@ -78,54 +68,72 @@ def open_zip(path: str, *, split: str, preprocess: Preprocess, labels: str = "")
         archive = zipfile.ZipFile(file)
     except Exception as error:  # zipfile raises nearly anything on damaged files
         raise UserError(f"zip {path!r}: truncated or damaged ({error})") from None
-    entries = [entry for entry in archive.infolist() if not entry.is_dir()]
-    inside = sorted({entry.filename.split("/")[0] for entry in entries if "/" in entry.filename})
+    entries = {}
+    for entry in archive.infolist():
+        # Some programs write "./cat/a.png".
+        parts = [part for part in entry.filename.split("/") if part not in ("", ".")]
+        if not entry.is_dir() and not any(map(_foreign, parts)):
+            entries["/".join(parts)] = entry
+    inside = sorted({name.split("/")[0] for name in entries if "/" in name})
     prefix = _split_prefix(inside, split, path)
-    prefix = f"{prefix}/" if prefix else ""
-    chosen = {e.filename.removeprefix(prefix): e for e in entries if e.filename.startswith(prefix)}
 
-    def read(name: str) -> bytes:
-        entry = chosen[name]
-        if entry.file_size > _MAX_FILE_BYTES:
-            raise UserError(
-                f"zip {path!r}: {entry.filename} unpacks to {entry.file_size} bytes; "
-                f"at most {_MAX_FILE_BYTES} accepted"
-            )
-        try:
-            return archive.read(entry)
-        # zipfile and the codecs under it raise nearly anything on damaged entries.
-        except Exception as error:
-            raise UserError(f"zip {path!r}: {entry.filename}: damaged ({error})") from None
+    def part(folder: str, where: str) -> Files:
+        start = f"{folder}/" if folder else ""
+        files = {n.removeprefix(start): e for n, e in entries.items() if n.startswith(start)}
 
-    sizes = {name: entry.file_size for name, entry in chosen.items()}
-    checksums = {name: entry.CRC for name, entry in chosen.items()}
-    return _open_files(f"zip:{file}", sizes, checksums, read, preprocess, labels)
+        def read(name: str) -> bytes:
+            entry = files[name]
+            if entry.file_size > _MAX_FILE_BYTES:
+                raise UserError(
+                    f"zip {path!r}: {entry.filename} unpacks to {entry.file_size} bytes; "
+                    f"at most {_MAX_FILE_BYTES} accepted"
+                )
+            try:
+                return archive.read(entry)
+            # zipfile and the codecs under it raise nearly anything on damaged entries.
+            except Exception as error:
+                raise UserError(f"zip {path!r}: {entry.filename}: damaged ({error})") from None
+
+        return Files(
+            where=where,
+            sizes={name: entry.file_size for name, entry in files.items()},
+            checksums={name: entry.CRC for name, entry in files.items()},
+            read=read,
+        )
+
+    others = (part(name, f"zip:{file}/{name}") for name in _others(inside, prefix))
+    return _opened(part(prefix, f"zip:{file}"), others, preprocess, labels, num_classes)
 
 
-def _open_files(
-    source: str,
-    sizes: dict[str, int],
-    checksums: dict[str, int],
-    read: Callable[[str], bytes],
-    preprocess: Preprocess,
-    table: str,
+def _opened(
+    files: Files, others: Iterable[Files], preprocess: Preprocess, table: str, num_classes: int
 ) -> ImageSource:
-    names = sorted(name for name in sizes if name.lower().endswith(SUFFIXES))
+    names, sizes, checksums, read = files.images, files.sizes, files.checksums, files.read
     if not names:
-        raise UserError(f"{source}: holds no images ({', '.join(SUFFIXES)})")
-    labels, classes = _labels(source, names, sizes, read, table)
+        raise UserError(f"{files.where}: holds no images ({', '.join(SUFFIXES)})")
+    labels, classes, named = read_labels(files, names, table, others)
+    if named:
+        check_count(classes, num_classes, files.where, advice(names, classes))
     # Contents of all files where they are known (zip), of evenly spaced ones elsewhere.
     sampled = [] if checksums else names[:: -(-len(names) // _SAMPLED_CONTENTS)]
     listing = [[name, sizes[name], checksums.get(name)] for name in names]
     contents = [hashed(read(name)) for name in sampled]
     return encoded_source(
-        source,
-        lambda i: preprocess.encoded(read(names[i]), f"{source}/{names[i]}"),
+        files.where,
+        lambda i: preprocess.encoded(read(names[i]), f"{files.where}/{names[i]}"),
         labels,
         classes,
         hashed(listing, contents, labels, preprocess.spec()),
         tuple(names),
     )
+
+
+# ---- which files
+
+
+def _foreign(name: str) -> bool:
+    """Whether a file or folder is another program's (``.ipynb_checkpoints``, ``._cat.png``)."""
+    return name.startswith(".") or name == "__MACOSX"
 
 
 def _split_prefix(inside: list[str], split: str, path: str) -> str:
@@ -134,84 +142,61 @@ def _split_prefix(inside: list[str], split: str, path: str) -> str:
     for name in SPLIT_FOLDERS[split]:
         if name in inside:
             return name
-    if split == "train" and not any(n in inside for names in SPLIT_FOLDERS.values() for n in names):
+    if split == "train" and not _others(inside, "train"):
         return ""
     expected = " or ".join(SPLIT_FOLDERS[split])
     raise UserError(f"{path}: has no {split!r} split; expected a subfolder {expected}")
 
 
-def _labels(
-    source: str,
-    names: list[str],
-    sizes: dict[str, int],
-    read: Callable[[str], bytes],
-    table: str,
-) -> tuple[np.ndarray, tuple[str, ...]]:
-    if table:
-        try:
-            rows = _csv_rows(Path(table).expanduser().read_bytes(), table)
-        except OSError as error:
-            raise UserError(f"labels {table!r}: {error.strerror}; expected a CSV file") from None
-        return _from_table(rows, names, table)
-    if "labels.csv" in sizes:
-        return _from_table(_csv_rows(read("labels.csv"), "labels.csv"), names, source)
-    if "dataset.json" in sizes:
-        rows = _json_rows(read("dataset.json"), f"{source}/dataset.json")
-        if rows:
-            return _from_table(rows, names, f"{source}/dataset.json")
-    parents = [PurePosixPath(name).parts[0] if "/" in name else "" for name in names]
-    classes = sorted(set(parents))
-    if classes == [""]:
-        return np.full(len(names), -1), ()
-    if "" in classes:
-        raise UserError(
-            f"{source}: images both beside and inside class subfolders "
-            f"(such as {names[parents.index('')]}); expected one or the other"
-        )
-    place = {name: i for i, name in enumerate(classes)}
-    return np.array([place[parent] for parent in parents]), tuple(classes)
+def _others(inside: list[str], prefix: str) -> list[str]:
+    """The split folders beside the one that is opened."""
+    known = {name for names in SPLIT_FOLDERS.values() for name in names}
+    return [name for name in inside if prefix and name in known - {prefix}]
 
 
-def _csv_rows(data: bytes, where: str) -> dict[str, str]:
+def _listed(root: Path) -> dict[str, int]:
+    """Bytes of every image and table under a folder, by its name relative to it."""
+    sizes, walked = {}, set()
+    for parent, folders, names in os.walk(root, followlinks=True):
+        place = os.path.realpath(parent)
+        if place in walked:  # a link back up: what is behind it has been seen
+            folders.clear()
+            continue
+        walked.add(place)
+        folders[:] = sorted(name for name in folders if not _foreign(name))
+        prefix = "" if parent == os.fspath(root) else os.path.relpath(parent, root) + "/"
+        for name in names:
+            if name.lower().endswith((*SUFFIXES, ".csv", ".json")) and not _foreign(name):
+                sizes[prefix + name] = os.path.getsize(os.path.join(parent, name))
+    return sizes
+
+
+def _glimpse(root: Path) -> dict[str, int]:
+    """Of a split that is not opened, what its classes follow from: tables, an image a subfolder.
+
+    No folder is read beyond its first image: there may be a million.
+    """
+    found = [name for name in ("labels.csv", "dataset.json") if (root / name).is_file()]
+    walked = {os.path.realpath(root)}
+    for name in sorted(entry.name for entry in os.scandir(root) if entry.is_dir()):
+        image = "" if _foreign(name) else _first_image(os.path.join(root, name), walked)
+        found += [f"{name}/{image}"] if image else []
+    return dict.fromkeys(found, 0)
+
+
+def _first_image(folder: str, walked: set[str]) -> str:
+    """The name of an image in or under a folder; "" where there is none."""
+    place, folders = os.path.realpath(folder), []
+    if place in walked:  # as above
+        return ""
+    walked.add(place)
     try:
-        lines = list(csv.reader(io.StringIO(data.decode("utf-8-sig"))))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{where}: not a CSV file ({error})") from None
-    rows = {}
-    for number, line in enumerate(lines, start=1):
-        if line and len(line) != 2:
-            raise UserError(f"{where}: line {number} has {len(line)} fields; expected file,label")
-        if line and not (number == 1 and line[1].strip().lower() in ("label", "class")):
-            rows[line[0].strip()] = line[1].strip()
-    return rows
-
-
-def _json_rows(data: bytes, where: str) -> dict[str, str]:
-    try:
-        return {name: str(int(label)) for name, label in json.loads(data)["labels"] or []}
-    except (ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
-        raise UserError(
-            f'{where}: {error}; expected {{"labels": [["file", class], ...]}}'
-        ) from None
-
-
-def _from_table(
-    rows: dict[str, str], names: list[str], where: str
-) -> tuple[np.ndarray, tuple[str, ...]]:
-    missing = [name for name in names if name not in rows]
-    if missing:
-        raise UserError(f"{where}: no label for {missing[0]} ({len(missing)} files without one)")
-    values = [rows[name] for name in names]
-    if all(re.fullmatch(r"-?[0-9]{1,9}", value) for value in values):
-        numbers = [int(value) for value in values]
-        for name, number in zip(names, numbers, strict=True):
-            if not 0 <= number < _MAX_CLASSES:
-                raise UserError(
-                    f"{where}: label {number} of {name} is out of range; "
-                    f"expected 0 to {_MAX_CLASSES - 1}"
-                )
-        labels = np.array(numbers)
-        return labels, tuple(str(i) for i in range(int(labels.max()) + 1))
-    classes = sorted(set(values))
-    place = {name: i for i, name in enumerate(classes)}
-    return np.array([place[value] for value in values]), tuple(classes)
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.is_dir() and not _foreign(entry.name):
+                    folders.append(entry.path)
+                elif is_image(entry.name) and not _foreign(entry.name):
+                    return entry.name
+    except OSError:  # a folder that may not be read is empty to `os.walk` too
+        return ""
+    return next(filter(None, (_first_image(path, walked) for path in folders)), "")

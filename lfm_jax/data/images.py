@@ -26,7 +26,7 @@ from lfm_jax.data.idx import open_idx
 from lfm_jax.data.layouts import open_digit_canvases
 from lfm_jax.data.lmdb_images import open_lmdb
 from lfm_jax.data.pixels import MAX_PIXELS, Preprocess
-from lfm_jax.data.source import ImageSource, array_source, check_labels, hashed
+from lfm_jax.data.source import ImageSource, array_source, check_count, check_labels, hashed
 from lfm_jax.data.tfds_images import open_tfds
 from lfm_jax.errors import UserError
 
@@ -67,7 +67,8 @@ def open_images(
             a download when files are missing there.
         image_size: side in pixels that every image is brought to; 0 keeps the stored size.
         channels: 1 or 3.
-        num_classes: labels must lie in ``[0, num_classes)``; 0 accepts what is there.
+        num_classes: labels must lie in ``[0, num_classes)``, and classes that have names must be
+            as many or more; 0 accepts what is there.
         limit: the first `limit` images only, in the source's own order; 0 takes all. LFM trained
             LSUN on the first 120,000.
         fit: "crop" or "pad" (see `Preprocess`); by default MNIST-like sources pad, others crop.
@@ -99,9 +100,9 @@ def open_images(
             download_fashion_mnist(path)
         opened = open_idx(path, **options)
     elif kind == "folder":
-        opened = open_folder(path, labels=labels, **options)
+        opened = open_folder(path, labels=labels, num_classes=num_classes, **options)
     elif kind == "zip":
-        opened = open_zip(path, labels=labels, **options)
+        opened = open_zip(path, labels=labels, num_classes=num_classes, **options)
     elif kind == "lmdb":
         opened = open_lmdb(path, limit=limit, **options)
     elif kind == "tfds":
@@ -124,8 +125,12 @@ def open_images(
         if opened.labels is not None:
             check_labels(opened.labels, num_classes, opened.name)
         names = opened.class_names[:num_classes]
-        names += tuple(str(i) for i in range(len(names), num_classes))
-        opened = dataclasses.replace(opened, class_names=names)
+        # Classes that are numbers are counted by the largest label that occurs, in a split or
+        # under a limit, and larger ones may be elsewhere.
+        numbers = tuple(str(i) for i in range(num_classes))
+        if names != numbers[: len(names)]:
+            check_count(names, num_classes, opened.name)
+        opened = dataclasses.replace(opened, class_names=names + numbers[len(names) :])
     return opened
 
 

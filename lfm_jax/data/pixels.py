@@ -51,8 +51,12 @@ class Preprocess:
     def encoded(self, data: bytes, where: str) -> UInt8[np.ndarray, "h w c"]:
         """Decode one PNG, JPEG, WebP, ...; `where` names it in errors.
 
+        Of 16-bit gray the high byte is kept. Whole numbers of 32 bits are read as the 8- or 16-bit
+        gray that they hold.
+
         Raises:
-            UserError: not an image, damaged, or larger than `max_pixels`.
+            UserError: not an image, damaged, larger than `max_pixels`, or of floats or larger whole
+                numbers, whose black and white are not known.
         """
         from PIL import Image
 
@@ -64,7 +68,7 @@ class Preprocess:
                         f"{where}: {width}x{height} pixels; at most {self.max_pixels} accepted"
                     )
                 image.load()
-                array = _to_channels(image, self.channels)
+                array = _to_channels(image, self.channels, where)
         except UserError:
             raise
         except Image.DecompressionBombError as error:
@@ -151,9 +155,20 @@ def _pad(images: np.ndarray, size: int, where: str) -> np.ndarray:
     return np.pad(images, padding)
 
 
-def _to_channels(image: Any, channels: int) -> np.ndarray:
-    if image.mode.startswith("I;16"):
-        # Pillow clips 16-bit gray at 255 instead of scaling it.
-        gray = (np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)
-        return np.repeat(gray[..., None], channels, axis=-1)
-    return np.array(image.convert("L" if channels == 1 else "RGB"))
+def _to_channels(image: Any, channels: int, where: str) -> np.ndarray:
+    # Of these modes Pillow clips the values at 0 and 255: floats in [0, 1] would be black.
+    if image.mode == "F":
+        raise UserError(f"{where}: mode F (floats); expected an image of 8 or 16 bits")
+    if not image.mode.startswith("I"):
+        return np.array(image.convert("L" if channels == 1 else "RGB"))
+    gray = np.asarray(image)
+    low, high = int(gray.min()), int(gray.max())
+    if low < 0 or high > 0xFFFF:
+        raise UserError(
+            f"{where}: mode {image.mode} (whole numbers) with values from {low} to {high}; "
+            "expected an image of 8 or 16 bits"
+        )
+    # Mode I is 32 bits in TIFF; Pillow uses it for 16 bits too, in PGM and, by version, in PNG.
+    deep = image.mode != "I" or image.format in ("PNG", "PPM") or high > 0xFF
+    gray = (gray >> 8 if deep else gray).astype(np.uint8)
+    return np.repeat(gray[..., None], channels, axis=-1)

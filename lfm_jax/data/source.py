@@ -131,6 +131,26 @@ def stack(images: list[np.ndarray], name: str) -> np.ndarray:
     return np.stack(images)
 
 
+def check_count(class_names: Sequence[str], num_classes: int, where: str, hint: str = "") -> None:
+    """Refuse fewer classes than are asked for, where each that there is has a name.
+
+    Of numbers the largest may be missing; to fill names up would count classes that nobody has.
+
+    Args:
+        class_names: those of the source.
+        num_classes: asked for; 0 asks for none.
+        where: the source.
+        hint: what else may be meant, for the end of the line.
+    """
+    count = len(class_names)
+    if count < num_classes:
+        listed = ", ".join(class_names[:8]) + (", ..." if count > 8 else "")
+        raise UserError(
+            f"data.num_classes={num_classes}: {where} has {count} class{'es' * (count != 1)} "
+            f"({listed}); expected {count}{hint}"
+        )
+
+
 def check_labels(
     labels: Integer[np.ndarray, " n"],
     num_classes: int,

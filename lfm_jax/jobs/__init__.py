@@ -7,6 +7,7 @@ disk so that a killed run goes on, ``clean(config, workdir)`` removes once the r
 
 import copy
 import importlib
+import os
 from typing import Any
 
 from etils import epath
@@ -45,12 +46,16 @@ def run_job(name: str, config: ConfigDict, workdir: str) -> dict[str, Any]:
     """
     if name not in JOBS:
         raise UserError(f"--job={name}{near(name, JOBS)}: expected one of {', '.join(JOBS)}")
-    folder = Workdir(epath.Path(workdir))
+    if not workdir.strip():
+        raise UserError("--workdir is empty: expected a folder, such as runs/digits")
+    folder = Workdir(epath.Path(workdir).expanduser())
     job = importlib.import_module(f"lfm_jax.jobs.{JOBS[name][0]}")
     origin = importlib.import_module("lfm_jax.jobs.origin")
     with preemption.stops_at_once(name), held(folder, name):
         claim(folder, config)
         config = copy.deepcopy(config)  # the caller's own stays as it is
+        for section, key in ((config, "init"), (config.sample, "weak")):
+            section[key] = section[key] and os.path.expanduser(section[key])
         origin.adopt(config, folder)
         return finish(job, name, config, folder, job.run(config, folder))
 

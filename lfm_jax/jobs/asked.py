@@ -80,6 +80,11 @@ def sample_labels(
     """
     classes, count = config.data.num_classes, config.sample.num_samples
     if not classes:
+        if config.sample.labels != "balanced":
+            raise UserError(
+                f"--config.sample.labels={config.sample.labels}: the network has no classes "
+                "(data.num_classes=0); expected balanced"
+            )
         return None
     indices = np.arange(count)
     wanted = config.sample.labels

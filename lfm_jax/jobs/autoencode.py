@@ -57,6 +57,8 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
         )
     if (other := takeover.origin(config)) is not None:
         return takeover.take_autoencoder(config, workdir, other)
+    if (folder := takeover.release(config)) is not None:
+        return takeover.take_released(config, workdir, folder)
     if config.mesh.tensor > 1:
         raise UserError(
             f"--config.mesh.tensor={config.mesh.tensor} with --job=autoencode: expected 1; "

@@ -62,6 +62,7 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
         "null_label": origin.knows_null_label(workdir.root),
     }
     release = workdir.root / "release"
+    _remove_formats(release)
     checkpoints.save_release(release, params, described)
     write_json(release / "config.json", described)
     flat = {name: np.ascontiguousarray(leaf) for name, leaf in named(params).items()}
@@ -106,6 +107,16 @@ def _write_autoencoder(folder: Any, codec: Codec) -> None:
     assert codec.model is not None  # it was trained here
     model = codec.model.clone(scaling_factor=codec.scale, shift_factor=codec.shift)
     save_vae(os.fspath(folder), model, codec.params)
+
+
+def _remove_formats(release: Any) -> None:
+    """What another export left in formats that this one may not write: it would be uploaded."""
+    for name in ("vae", *FAMILIES, *(f"{family}.safetensors" for family in FAMILIES)):
+        path = release / name
+        if path.is_dir():
+            path.rmtree()
+        elif path.exists():
+            path.unlink()
 
 
 def _write_family(

@@ -86,7 +86,7 @@ def fit(
         written).
 
     Raises:
-        UserError: the checkpoint belongs to another data stream.
+        UserError: the checkpoint belongs to another data stream, or is beyond `steps`.
         FloatingPointError: loss or gradient is not finite; nothing after the last save is kept.
         Failed: a checkpoint could not be written, or there is no room for one.
         Preempted: the process was asked to end and the state is saved.
@@ -107,6 +107,11 @@ def fit(
                 raise UserError(
                     f"checkpoint {manager.directory / str(start)} was trained on another data "
                     f"stream: {saved['record']}, expected {record}"
+                )
+            if start > steps:
+                raise UserError(
+                    f"{name}: {manager.directory} holds step {start}, beyond the {steps} steps "
+                    f"asked for; expected at least {start}, or another --workdir"
                 )
             logging.info("%s: going on from step %d", name, start)
         curve = Curve(name, logs, manager, saved, skips=skip_nonfinite)

@@ -16,6 +16,7 @@ from jaxtyping import Int
 from ml_collections import ConfigDict
 
 from lfm_jax import sharding
+from lfm_jax.errors import UserError
 from lfm_jax.jobs import build, guide, solve
 from lfm_jax.jobs import condition as conditions
 from lfm_jax.jobs.asked import check_solver, fixed_steps
@@ -36,7 +37,7 @@ class Generator:
     guidance: dict[str, Any]
     solver: dict[str, Any]
     beyond: dict[str, Any] = dataclasses.field(default_factory=dict)
-    beside: guide.Helpers = dataclasses.field(default_factory=guide.Helpers)
+    beside: guide.OtherNetworks = dataclasses.field(default_factory=guide.OtherNetworks)
     given: conditions.Given | None = None
     condition_guidance: float = 1.0
 
@@ -56,6 +57,11 @@ class Generator:
         section = config.sample
         check_solver(config)
         codec = codec or build.codec(config, workdir)
+        if section.guidance_channels > codec.latent_channels:
+            raise UserError(
+                f"--config.sample.guidance_channels={section.guidance_channels}: expected at most "
+                f"{codec.latent_channels}, the channels of the latents, or 0 (all)"
+            )
         return cls(
             model=build.network(config),
             codec=codec,
@@ -69,7 +75,7 @@ class Generator:
                 "channels": section.guidance_channels or None,
             },
             beyond=guide.options(config),
-            beside=guide.helpers(config, workdir),
+            beside=guide.other_networks(config, workdir),
             given=conditions.given(config, codec),
             condition_guidance=section.condition_guidance,
             solver={

@@ -26,7 +26,7 @@ from lfm_jax.workdir import Workdir
 
 
 @flax.struct.dataclass
-class Helpers:
+class OtherNetworks:
     """Networks beside the sampled one, with their parameters; None where there is none."""
 
     weak: NetworkVelocity | None = None
@@ -38,8 +38,8 @@ def options(config: ConfigDict) -> dict[str, Any]:
     section = config.sample
     return {
         "rescale": section.guidance_rescale,
-        "away": section.autoguidance,
-        "gradient": section.classifier_guidance,
+        "weak_scale": section.autoguidance,
+        "classifier_scale": section.classifier_guidance,
         "max_weight": section.classifier_max_weight,
     }
 
@@ -68,7 +68,7 @@ def check_null_label(config: ConfigDict, workdir: Workdir) -> None:
         origin.require_null_label(workdir.root, f"--config.sample.guidance={scale:g}", "1 (off)")
 
 
-def helpers(config: ConfigDict, workdir: Workdir) -> Helpers:
+def other_networks(config: ConfigDict, workdir: Workdir) -> OtherNetworks:
     """The networks that the guidance of `config.sample` needs, from their workdirs.
 
     Raises:
@@ -88,16 +88,16 @@ def helpers(config: ConfigDict, workdir: Workdir) -> Helpers:
         classifier = LogProbability(
             params=checkpoints.load_params(place), label=None, model=classify.network(config)
         )
-    return Helpers(weak=weak, classifier=classifier)
+    return OtherNetworks(weak=weak, classifier=classifier)
 
 
 def further(
     guided: Any,
-    beside: Helpers,
+    beside: OtherNetworks,
     label: Any,
     *,
-    away: float,
-    gradient: float,
+    weak_scale: float,
+    classifier_scale: float,
     max_weight: float,
     **how: Any,
 ) -> Any:
@@ -107,15 +107,17 @@ def further(
         guided: the network's own, or under classifier-free guidance.
         beside: the other networks; the weak one under its own view of the same condition.
         label: the class of each row, for the classifier.
-        away: autoguidance's scale.
-        gradient, max_weight: classifier guidance's scale and bound.
+        weak_scale: autoguidance's scale.
+        classifier_scale, max_weight: classifier guidance's scale and bound.
         how: channels, interval and rescale of autoguidance.
     """
     if beside.weak is not None:
-        guided = autoguidance(guided, beside.weak, scale=away, **how)
+        guided = autoguidance(guided, beside.weak, scale=weak_scale, **how)
     if beside.classifier is not None:
         log_prob = dataclasses.replace(beside.classifier, label=label)
-        guided = classifier_guidance(guided, log_prob, scale=gradient, max_weight=max_weight)
+        guided = classifier_guidance(
+            guided, log_prob, scale=classifier_scale, max_weight=max_weight
+        )
     return guided
 
 

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from lfm_jax import sharding
 from lfm_jax.data import ImageSource
 from lfm_jax.errors import UserError, near
-from lfm_jax.evaluate import FeatureSet, SampleFile, collect_features, jpeg_round_trip
+from lfm_jax.evaluate import METRICS, FeatureSet, SampleFile, collect_features, jpeg_round_trip
 from lfm_jax.features import (
     PUBLISHED,
     Classifier,
@@ -52,11 +52,17 @@ def judge(config: ConfigDict, workdir: Workdir) -> tuple[Extractor, float | None
 
 
 def check_names(config: ConfigDict) -> None:
-    """Raises a `UserError` where `evaluate.extractor` is not a name that `judge` knows, or a file
-    that only the evaluation reads is not there."""
+    """Raises a `UserError` where `evaluate.extractor` is not a name that `judge` knows, a metric is
+    none, or a file that only the evaluation reads is not there."""
     options = config.evaluate
-    parts = (options.lpips or "").split(",")
-    for key, path in (("weights", options.weights), *(("lpips", part) for part in parts)):
+    for metric in options.metrics:
+        if metric not in METRICS:
+            raise UserError(
+                f"--config.evaluate.metrics: {metric!r}{near(metric, METRICS)}: expected some of "
+                + ", ".join(METRICS)
+            )
+    files = [(key, options[key]) for key in ("weights", "reference")]
+    for key, path in (*files, *(("lpips", part) for part in (options.lpips or "").split(","))):
         if path and not epath.Path(path).expanduser().exists():
             raise UserError(f"--config.evaluate.{key}={path}: no such file")
     name, known = config.evaluate.extractor, ("classifier", "random", *PUBLISHED)

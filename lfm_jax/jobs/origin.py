@@ -188,7 +188,16 @@ def _file(folder: epath.Path) -> epath.Path:
 
 
 def _read(path: epath.Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text()) if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        told = json.loads(path.read_text())
+        return {key: told[key] for key in ("name", "fields", "num_classes", "converted")} | told
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: damaged, expected the JSON that a job writes; put a copy back, or remove it "
+            "where the network was trained here"
+        ) from error
 
 
 def _of_config(folder: epath.Path) -> dict[str, Any]:

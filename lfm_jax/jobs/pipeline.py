@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from lfm_jax import sharding
-from lfm_jax.jobs import asked, build, finish, judge
+from lfm_jax.jobs import asked, build, finish, judge, programs
 from lfm_jax.workdir import Workdir, is_done
 
 _STAGES = ("autoencode", "encode", "train", "sample", "evaluate")
@@ -36,9 +36,12 @@ def inputs(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
 def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     """Run each stage unless its result stands and its inputs are the same."""
     # A name that a later stage would refuse is refused before an earlier one has run for an hour.
-    build.network(config)
+    programs.check_network(config)
     asked.check_solver(config)
+    asked.sample_labels(config)
     judge.check_names(config)
+    if config.evaluate.reference is None:
+        build.images(config, "test")  # what is judged against is there
     seconds, results = {}, {}
     for name in stages(config):
         job = importlib.import_module(f"lfm_jax.jobs.{name}")

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from lfm_jax import aot, mmd, sharding
+from lfm_jax.errors import UserError
 from lfm_jax.flow.solvers import get_solver
 from lfm_jax.jobs import build
 from lfm_jax.jobs.asked import fixed_steps
@@ -127,6 +128,22 @@ def _mmd_loss(config: ConfigDict, shape: tuple[int, int, int]) -> Loss:
         attraction=mmd.mean_row(jnp.ones((1, size))),
     )
     return mmd.mmd_loss(rows, {"raw": space}, chunks=options.chunks, block=options.block)
+
+
+def check_network(config: ConfigDict) -> None:
+    """Refuse a network that could not be initialised, before anything that it needs is made.
+
+    Raises:
+        UserError: fields of `config.model` that contradict each other or the latents.
+    """
+    codec = abstract_codec(config)
+    init, _, _ = objective(config, codec, build.latent_shape(config, codec))
+    try:
+        jax.eval_shape(init)
+    except UserError as error:
+        field = str(error).partition(":")[0]
+        flag = "--config.model." if field in config.model else ""
+        raise UserError(f"{flag}{error}") from None
 
 
 def sample_step(config: ConfigDict, workdir: Workdir, mesh: Mesh) -> Step:

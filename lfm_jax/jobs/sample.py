@@ -192,6 +192,13 @@ def _join(
             found[part == number] = images[indices[part == number] % section.batch_size]
         return found
 
+    # What another run with other options left would stand beside these as if it were theirs.
+    for stale in ("latents.npz", "trajectory.png", "interpolation.png", "class_switch.png"):
+        if not section[stale.partition(".")[0]]:
+            (workdir.samples / stale).unlink(missing_ok=True)
+    for stale in ("png", "jpeg"):
+        if (workdir.samples / stale).exists():
+            (workdir.samples / stale).rmtree()
     for name, key in (("samples", "images"), ("latents", "latents")):
         if key in first:
             shape = (count, *first[key].shape[1:])

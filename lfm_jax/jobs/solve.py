@@ -60,7 +60,7 @@ class Plan:
 
 
 def _start(
-    plan: Plan, params: Any, indices: Any, labels: Any, inputs: dict, beside: guide.Helpers
+    plan: Plan, params: Any, indices: Any, labels: Any, inputs: dict, beside: guide.OtherNetworks
 ) -> tuple[Any, Any, dict]:
     """The guided velocity, the noise of these samples, and the solver's options."""
     solver, guidance, beyond = dict(plan.solver), dict(plan.guidance), dict(plan.beyond)

@@ -57,7 +57,13 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     state = create_state(
         init, tx, mesh, ema=section.ema_decay > 0, rules=sharding.rules(config.mesh.rules)
     )
-    state = _start_from(config, state)
+    record = {
+        "cache": cache.fingerprint,
+        "seed": config.seed,
+        "global_batch": section.batch_size,
+    }
+    if config.init is not None:
+        state, record["init"] = _start_from(config, state)
     step = make_step(
         loss,
         tx,
@@ -78,11 +84,7 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
         logs=workdir.logs,
         mesh=mesh,
         **build.loop(config),
-        record={
-            "cache": cache.fingerprint,
-            "seed": config.seed,
-            "global_batch": section.batch_size,
-        },
+        record=record,
         train_flops=flops,
         preview=previews(config, workdir) if section.preview_every else None,
         preview_every=section.preview_every,
@@ -131,15 +133,14 @@ def objective(
     return init, loss, 6.0 * forward_macs(model, latent_shape, **macs)
 
 
-def _start_from(config: ConfigDict, state: TrainState) -> TrainState:
-    """The state with the weights of another workdir, when `config.init` names one."""
+def _start_from(config: ConfigDict, state: TrainState) -> tuple[TrainState, str]:
+    """The state with the weights of the workdir or release `config.init`, and their fingerprint."""
     init = config.init
-    if init is None:
-        return state
     params = origin.initial_params(init)
+    fingerprint = checkpoints.fingerprint(params)
     if config.condition.kind != "none":
         # The network's own patch: that of a named size stands in no field of the config.
         patch = getattr(build.network(config), "patch", 1)
         params = widen(params, sharding.fetch(state.params), patch=patch)
     origin.check_fits(init, params, state.params)
-    return origin.started_from(state, params)
+    return origin.started_from(state, params), fingerprint

@@ -1,4 +1,4 @@
-"""Four kills and a termination notice a job, by the script that does hundreds in a night."""
+"""Four kills and a termination notice a job, by the script that does hundreds."""
 
 import json
 import os

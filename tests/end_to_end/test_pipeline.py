@@ -54,6 +54,24 @@ def test_figures_stand_beside_their_floors(run):
     assert figures["sampler"]["nfe"] == 4 and figures["sampler"]["network_calls"] == 8
 
 
+@pytest.mark.parametrize(
+    "flag, words",
+    [
+        ("--config.model.heads=5", "--config.model.heads: 5 does not divide"),
+        ("--config.sample.labels=12", "class 12 is not in"),
+        ("--config.evaluate.metrics=('fdd',)", "'fdd' (fd?)"),
+        ("--config.evaluate.reference=nowhere.npz", "reference=nowhere.npz: no such file"),
+    ],
+)
+def test_what_a_late_stage_would_refuse_is_refused_first(command_line, tmp_path, flag, words):
+    done = command_line(
+        f"--config={ROOT}/configs/digits.py:smoke", f"--workdir={tmp_path}/run", flag
+    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert words in done.stderr
+    assert not (tmp_path / "run/autoencoder").exists()
+
+
 def test_a_second_call_does_nothing_again(run, command_line):
     workdir, _ = run
     before = {p: p.stat().st_mtime_ns for p in (workdir / "checkpoints").rglob("*")}

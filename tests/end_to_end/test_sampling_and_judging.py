@@ -83,6 +83,22 @@ def test_parts_of_another_batch_size_are_not_taken_for_these(run):
     assert not list((folder / "samples").glob("parts-*"))
 
 
+def test_nothing_of_another_sampling_stays_beside_the_samples(run):
+    folder, _ = run
+    for count, latents in ((12, True), (10, False)):
+        go(
+            folder,
+            "sample",
+            sample__num_samples=count,
+            sample__png=True,
+            sample__latents=latents,
+            sample__trajectory=3 if latents else 0,
+        )
+        assert len(list((folder / "samples/png").glob("*.png"))) == count
+        for name in ("latents.npz", "trajectory.png"):
+            assert (folder / "samples" / name).exists() == latents
+
+
 def test_pictures_of_the_way_between_and_in_other_classes(run):
     folder, _ = run
     asked = {"sample__trajectory": 3, "sample__interpolation": 5, "sample__class_switch": 2}
@@ -240,6 +256,7 @@ def test_the_flow_is_diagnosed(run):
         ({"sample__autoguidance": 2.0, "sample__weak": "/nowhere"}, "weak=/nowhere"),
         ({"sample__classifier_guidance": 1.0, "classifier__width": 16}, "classifier"),
         ({"sample__labels": "3,11"}, "class 11"),
+        ({"sample__guidance_channels": 99}, "guidance_channels=99: expected at most 4"),
     ],
 )
 def test_what_cannot_be_sampled_is_named_before_anything_is_written(run, changes, named, tmp_path):
@@ -266,6 +283,11 @@ def test_what_cannot_be_sampled_is_named_before_anything_is_written(run, changes
             "adm_context takes classes or boxes, not both",
         ),
         ({"sample__num_steps": 0}, "num_steps"),
+        ({"sample__masks": "half"}, "masks=half: condition.kind=none"),
+        (
+            {"condition__kind": "inpainting", "sample__repeats": 9, "sample__num_samples": 8},
+            "repeats=9: expected at most sample.num_samples=8",
+        ),
         ({"sample__guidance": 2.0, "train__label_drop": 0.0}, "null label"),
     ],
 )
