@@ -33,7 +33,7 @@ from lfm_jax.data.maps import garment_parts
 from lfm_jax.evaluate import frechet_of, inpainting_discrimination
 from lfm_jax.features import predict
 from lfm_jax.flow import NetworkVelocity
-from lfm_jax.jobs import build, condition, obeyed
+from lfm_jax.jobs import build, condition, condition_figures
 from lfm_jax.jobs.generate import Generator
 from lfm_jax.jobs.judge import Look, judge, of_array
 from lfm_jax.models import Cond
@@ -207,7 +207,7 @@ def semantic(config: ConfigDict, run: Path, base: Path | None, count: int, comma
     made, labels, given = sampled(config, workdir, params, num_samples=count)
     told = given.plain(np.arange(count))
     maps, truth, classes = told["map"], told["image"], given.condition.num_classes
-    rebuilt = obeyed.rebuilt(given.codec, truth)
+    rebuilt = condition_figures.rebuilt(given.codec, truth)
 
     def iou(a: np.ndarray, b: np.ndarray) -> float:
         return figures.mean_iou(a, b, classes)[0]
@@ -283,7 +283,7 @@ def layout(config: ConfigDict, run: Path, base: Path | None, count: int, command
     del base
     workdir, _, params = _opened(config, run)
     config.evaluate.classifier_epochs = 12
-    reader, accuracy = obeyed.crop_reader(config)
+    reader, accuracy = condition_figures.crop_reader(config)
     rows, shown = [], None
     for scale in (1.0, config.sample.condition_guidance, 2.5):
         made, _, given = sampled(
@@ -293,7 +293,7 @@ def layout(config: ConfigDict, run: Path, base: Path | None, count: int, command
         rows.append({"by": f"guidance {scale:g}"} | _boxes(reader, made, told))
         print(json.dumps(rows[-1]))
     truth = told["image"]
-    pictures = {"real": truth, "reconstructions": obeyed.rebuilt(given.codec, truth)}
+    pictures = {"real": truth, "reconstructions": condition_figures.rebuilt(given.codec, truth)}
     rows += [{"by": name} | _boxes(reader, images, told) for name, images in pictures.items()]
     chosen, real, rebuilt = rows[1], rows[-2], rows[-1]
     setting = (

@@ -16,7 +16,7 @@ from lfm_jax.errors import UserError
 from lfm_jax.experiments import neighbour
 from lfm_jax.flow import NetworkVelocity, autoguidance, classifier_free, make_grid, sample
 from lfm_jax.jobs import guide, solve
-from lfm_jax.jobs.asked import check_solver, class_names, fixed_steps
+from lfm_jax.jobs.sample_options import check_solver, class_names, fixed_steps
 from lfm_jax.models import Cond, create_model, init_params
 from lfm_jax.vae import identity_codec, to_uint8
 from lfm_jax.workdir import Workdir

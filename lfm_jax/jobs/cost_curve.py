@@ -11,9 +11,9 @@ from lfm_jax.errors import UserError
 from lfm_jax.evaluate import frechet_of, metric_name
 from lfm_jax.flow import SOLVERS
 from lfm_jax.jobs import build
-from lfm_jax.jobs.asked import sample_labels
 from lfm_jax.jobs.generate import Generator
 from lfm_jax.jobs.judge import Look, judge, of_array, of_source, spread
+from lfm_jax.jobs.sample_options import sample_labels
 from lfm_jax.jobs.watch import write_curve
 from lfm_jax.workdir import Workdir
 

@@ -32,9 +32,9 @@ from lfm_jax.flow import (
     wasserstein_bound,
 )
 from lfm_jax.jobs import build, guide
-from lfm_jax.jobs.asked import class_names
 from lfm_jax.jobs.cost_curve import curve, setting_of
 from lfm_jax.jobs.judge import spread
+from lfm_jax.jobs.sample_options import class_names
 from lfm_jax.jobs.watch import write_curve
 from lfm_jax.models import Cond
 from lfm_jax.vae import Codec, from_uint8, to_uint8

@@ -32,7 +32,7 @@ from lfm_jax.evaluate import (
     statistics_of,
 )
 from lfm_jax.features import Extractor
-from lfm_jax.jobs import build, obeyed
+from lfm_jax.jobs import build, condition_figures
 from lfm_jax.jobs.held_out import beside_held_out
 from lfm_jax.jobs.judge import Look, judge, of_array, of_file, of_source, reconstructed, spread
 from lfm_jax.workdir import Workdir
@@ -86,7 +86,7 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     figures |= beside_held_out(config, workdir, look, fake, samples, score)
     own = section.samples is None and config.sample.given is None
     if config.condition.kind != "none" and own:
-        figures |= obeyed.measure(config, workdir, samples, look)
+        figures |= condition_figures.measure(config, workdir, samples, look)
     return figures
 
 

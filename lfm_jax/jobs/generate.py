@@ -19,7 +19,7 @@ from lfm_jax import sharding
 from lfm_jax.errors import UserError
 from lfm_jax.jobs import build, guide, solve
 from lfm_jax.jobs import condition as conditions
-from lfm_jax.jobs.asked import check_solver, fixed_steps
+from lfm_jax.jobs.sample_options import check_solver, fixed_steps
 from lfm_jax.vae import Codec
 from lfm_jax.workdir import Workdir
 

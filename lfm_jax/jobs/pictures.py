@@ -9,8 +9,8 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from lfm_jax.jobs.asked import class_names
 from lfm_jax.jobs.generate import Generator
+from lfm_jax.jobs.sample_options import class_names
 from lfm_jax.writers import image_grid
 
 PER_CLASS = 10  # columns of the grid

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from lfm_jax import sharding
-from lfm_jax.jobs import asked, build, finish, judge, programs
+from lfm_jax.jobs import build, finish, judge, programs, sample_options
 from lfm_jax.workdir import Workdir, is_done
 
 _STAGES = ("autoencode", "encode", "train", "sample", "evaluate")
@@ -37,8 +37,8 @@ def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     """Run each stage unless its result stands and its inputs are the same."""
     # A name that a later stage would refuse is refused before an earlier one has run for an hour.
     programs.check_network(config)
-    asked.check_solver(config)
-    asked.sample_labels(config)
+    sample_options.check_solver(config)
+    sample_options.sample_labels(config)
     judge.check_names(config)
     if config.evaluate.reference is None:
         build.images(config, "test")  # what is judged against is there

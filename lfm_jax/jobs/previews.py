@@ -9,8 +9,8 @@ from ml_collections import ConfigDict
 from lfm_jax import sharding
 from lfm_jax.jobs import build
 from lfm_jax.jobs import condition as conditions
-from lfm_jax.jobs.asked import class_names
 from lfm_jax.jobs.generate import Generator
+from lfm_jax.jobs.sample_options import class_names
 from lfm_jax.state import Params, TrainState
 from lfm_jax.workdir import Workdir
 from lfm_jax.writers import image_grid, save_image

@@ -17,9 +17,9 @@ from lfm_jax import aot, mmd, sharding
 from lfm_jax.errors import UserError
 from lfm_jax.flow.solvers import get_solver
 from lfm_jax.jobs import build
-from lfm_jax.jobs.asked import fixed_steps
 from lfm_jax.jobs.generate import Generator
 from lfm_jax.jobs.mmd_cost import update_macs
+from lfm_jax.jobs.sample_options import fixed_steps
 from lfm_jax.jobs.train import objective
 from lfm_jax.models import forward_macs
 from lfm_jax.models.macs import traced_macs

@@ -22,9 +22,9 @@ from lfm_jax.config import content_hash
 from lfm_jax.evaluate import write_samples
 from lfm_jax.flow import describe_failure
 from lfm_jax.jobs import build, guide, pictures, watch
-from lfm_jax.jobs.asked import fixed_steps, sample_labels
 from lfm_jax.jobs.condition import Given, given_grid
 from lfm_jax.jobs.generate import Generator
+from lfm_jax.jobs.sample_options import fixed_steps, sample_labels
 from lfm_jax.workdir import Workdir
 from lfm_jax.writers import save_image, write_bytes
 
