@@ -78,6 +78,7 @@ def inputs(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
 
 def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     section = config.diagnose
+    workdir.checkpoint()  # refused now where it is refused in the end
     unknown = [part for part in section.parts if part not in PARTS]
     if unknown or not section.parts:
         raise UserError(

@@ -40,6 +40,7 @@ def inputs(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
 
 def run(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     section = config.export
+    workdir.checkpoint()  # refused now where it is refused in the end
     _check(config, workdir)
     params = checkpoints.load_params(workdir.checkpoints, ema=section.ema)
     model, codec = build.network(config), build.codec(config, workdir)

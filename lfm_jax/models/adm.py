@@ -136,7 +136,7 @@ class ADM(UNetBackbone):
         def block(y: Array, level: int, name: str, attend: bool = False, direction="") -> Array:
             keep = direction or name.startswith("mid")
             width = y.shape[-1] if keep else self.width(level)
-            if attend and width % self.head_channels:
+            if attend and (self.head_channels < 1 or width % self.head_channels):
                 raise UserError(f"head_channels: {self.head_channels} does not divide {width}")
             return module(
                 width,

@@ -59,7 +59,7 @@ def test_figures_stand_beside_their_floors(run):
     [
         ("--config.model.heads=5", "--config.model.heads: 5 does not divide"),
         ("--config.sample.labels=12", "class 12 is not in"),
-        ("--config.evaluate.metrics=('fdd',)", "'fdd' (fd?)"),
+        ("--config.evaluate.metrics=('fdd',)", "'fdd' (did you mean fd?)"),
         ("--config.evaluate.reference=nowhere.npz", "reference=nowhere.npz: no such file"),
     ],
 )
