@@ -68,8 +68,8 @@ def memory(name: str = "DiT-S/2", batch: int = 64, side: int = 32, many: int = 8
         )  # fmt: skip
 
 
-def speed(batch: int = 32, repeats: int = 5) -> None:
-    """Update time over flow-matching step time, measured in turn, beside the closed form."""
+def speed(batch: int = 32, turns: int = 9, calls: int = 8) -> None:
+    """Update time over flow-matching step time, calls in turns, beside the closed form."""
     model = create_model("DiT", hidden=192, depth=8, heads=3, patch=2, num_classes=10)
     shape, key = (8, 8, 4), jax.random.key(0)
     vae = AutoencoderKL(
@@ -102,14 +102,17 @@ def speed(batch: int = 32, repeats: int = 5) -> None:
         rows = mmd.row_generator(model, maps, shape, num_classes=10, steps=(steps,), kept=steps)
         loss = mmd.mmd_loss(rows, spaces, bank=bank, bank_rows=4096, groups=8)
         update = _timer(model, loss, shape, example)
-        ratios = [update() / plain() for _ in range(repeats)]
+        ratios = [
+            sum(update() for _ in range(calls)) / sum(plain() for _ in range(calls))
+            for _ in range(turns)
+        ]
         predicted = (3 * steps * forward + 2 * features) / (3 * forward)
         record(
             "mmd", f"an update at N={steps} over a flow-matching step", statistics.median(ratios),
             "report", None, f"{COMMAND} speed",
             f"batch {batch}, predicted {predicted:.2f} by the closed form, measured "
-            f"{min(ratios):.2f} to {max(ratios):.2f}; decoder and three feature networks are "
-            f"{features / forward:.2f} forward passes",
+            f"{min(ratios):.2f} to {max(ratios):.2f} over {turns} turns of {calls} calls; decoder "
+            f"and three feature networks are {features / forward:.2f} forward passes",
         )  # fmt: skip
 
 

@@ -2,8 +2,8 @@
 
 import importlib.util
 import json
-from types import SimpleNamespace
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from checkout import ROOT
@@ -17,6 +17,7 @@ from lfm_jax.data import open_cache, open_images
 from lfm_jax.errors import UserError
 from lfm_jax.jobs import run_job, watch
 from lfm_jax.jobs.generate import Generator
+from lfm_jax.state import TrainState
 from lfm_jax.workdir import Workdir
 
 
@@ -87,7 +88,7 @@ def test_what_is_measured_while_training_has_the_class_of_its_condition(inpainte
     monkeypatch.setattr(Generator, "first", first)
     watch_step = watch.watcher(config, Workdir(epath.Path(folder)))
     with pytest.raises(Asked) as asked:
-        watch_step(SimpleNamespace(best_params=None), 1)
+        watch_step(TrainState(step=jnp.int32(1), params={}, opt_state=(), ema=None), 1)
     numbers, labels = asked.value.args
     held_out = open_images("digits", split="test", channels=1)
     places = np.linspace(0, len(held_out) - 1, 30).round().astype(int)
