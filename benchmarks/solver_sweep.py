@@ -23,8 +23,8 @@ from benchmarks.settings import judged
 from lfm_jax import checkpoints
 from lfm_jax.evaluate import frechet_of
 from lfm_jax.jobs import build
-from lfm_jax.jobs.asked import class_names
 from lfm_jax.jobs.judge import Look, judge, of_source, reconstructed, spread
+from lfm_jax.jobs.sample_options import class_names
 from lfm_jax.workdir import Workdir
 from lfm_jax.writers import image_grid, save_image
 
