@@ -93,7 +93,7 @@ def test_a_damaged_config_is_named(workdir, content):
 def test_every_differing_key_is_named(workdir):
     config = default_config()
     claim(workdir, config)
-    workdir.checkpoints.mkdir()
+    (workdir.checkpoints / "20").mkdir(parents=True)
     config.model.depth, config.train.b2, config.data.source = 3, 0.9, "idx"
     with pytest.raises(UserError, match=r"data\.source .*model\.depth .*train\.b2") as caught:
         claim(workdir, config)
