@@ -191,9 +191,8 @@ def _read(path: epath.Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        told = json.loads(path.read_text())
-        return {key: told[key] for key in ("name", "fields", "num_classes", "converted")} | told
-    except (ValueError, KeyError, TypeError) as error:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
         raise UserError(
             f"{path}: damaged, expected the JSON that a job writes; put a copy back, or remove it "
             "where the network was trained here"
