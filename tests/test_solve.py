@@ -96,7 +96,6 @@ def test_a_weak_network_sees_the_condition_through_its_own_encoder(network):
         plan_of(model, num_steps=1),
         condition=(condition, 1.0),
         beyond=(
-            ("rescale", 0.0),
             ("weak_scale", 3.0),
             ("classifier_scale", 0.0),
             ("max_weight", 1.0),

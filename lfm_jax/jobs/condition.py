@@ -121,6 +121,10 @@ class Given:
         """The condition of each sample."""
         return np.asarray(indices) // self.repeats % self.count
 
+    def classes(self, indices: Any) -> np.ndarray | None:
+        """The class of each sample, that of its condition's image; None where there are none."""
+        return None if self.labels is None else self.labels[self.numbers(indices)].astype(np.int32)
+
     def inputs(self, indices: Any) -> dict[str, np.ndarray]:
         """What the network's input is made of, a row a sample."""
         numbers = self.numbers(indices)

@@ -73,6 +73,7 @@ class Generator:
                 "scale": section.guidance,
                 "interval": tuple(section.guidance_interval),
                 "channels": section.guidance_channels or None,
+                "rescale": section.guidance_rescale,
             },
             beyond=guide.options(config),
             beside=guide.other_networks(config, workdir),

@@ -34,10 +34,9 @@ class OtherNetworks:
 
 
 def options(config: ConfigDict) -> dict[str, Any]:
-    """What `config.sample` says of guidance beside scale, interval and channels."""
+    """What `config.sample` says of guidance by other networks."""
     section = config.sample
     return {
-        "rescale": section.guidance_rescale,
         "weak_scale": section.autoguidance,
         "classifier_scale": section.classifier_guidance,
         "max_weight": section.classifier_max_weight,

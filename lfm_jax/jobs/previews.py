@@ -47,7 +47,7 @@ def _given_previews(
 ) -> Callable[[TrainState, int], None]:
     """The same under the first few held-out conditions."""
     indices = np.arange(min(given.count, _PREVIEWED) * given.repeats)
-    labels = None if given.labels is None else given.labels[given.numbers(indices)]
+    labels = given.classes(indices)
 
     def preview(state: TrainState, step: int) -> None:
         images, _, _ = generator(state.best_params, indices, labels)

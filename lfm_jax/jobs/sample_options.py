@@ -89,7 +89,7 @@ def sample_labels(
     indices = np.arange(count)
     wanted = config.sample.labels
     if wanted == "balanced" and given is not None and given.labels is not None:
-        return given.labels[given.numbers(indices)].astype(np.int32)
+        return given.classes(indices)
     if wanted == "balanced":
         return (indices % classes).astype(np.int32)
     if wanted == "uniform":

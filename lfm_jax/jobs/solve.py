@@ -86,7 +86,6 @@ def _start(
     if beside.weak is not None:
         weak = dataclasses.replace(beside.weak, cond=seen_by(beside.weak.params))
         beside = dataclasses.replace(beside, weak=weak)
-    guidance["rescale"] = beyond.pop("rescale", 0.0)
     how = {k: v for k, v in guidance.items() if k != "scale"}
     if plan.condition is not None:
         velocity = _guide(velocity, *plan.condition, inputs, plan.num_classes, guidance)

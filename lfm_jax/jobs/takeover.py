@@ -9,6 +9,7 @@ import json
 import os
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from etils import epath
 from ml_collections import ConfigDict
@@ -16,6 +17,7 @@ from ml_collections import ConfigDict
 from lfm_jax import checkpoints, sharding
 from lfm_jax.config import to_json
 from lfm_jax.errors import UserError
+from lfm_jax.jobs import build
 from lfm_jax.models import count_params
 from lfm_jax.state import TrainState
 from lfm_jax.vae import load_vae
@@ -70,6 +72,8 @@ def take_released(config: ConfigDict, workdir: Workdir, folder: epath.Path) -> d
     if encoder_fingerprint(params) != described["latents"]["encoder_sha256"]:
         raise UserError(f"{folder / 'vae'}: not the encoder that {folder / 'config.json'} names")
     state = TrainState(step=jnp.int32(0), params=params, opt_state=(), ema=None)
+    # Of all processes together: arrays of one alone cannot be saved where there are several.
+    state = jax.device_put(state, sharding.replicated(build.mesh(config)))
     with checkpoints.open_manager(workdir.autoencoder / "checkpoints", keep=1) as manager:
         checkpoints.save(manager, 0, state, data={}, config=to_json(config), force=True)
     return {

@@ -49,8 +49,7 @@ def watcher(config: ConfigDict, workdir: Workdir) -> Callable[[TrainState, int],
     classes = np.arange(max(config.data.num_classes, 1), dtype=np.int32)
     if generator.given is not None and generator.given.labels is not None:
         # The class of the image that a condition was taken from: a shoe's map is no shirt's.
-        numbers = generator.given.numbers(np.arange(config.train.evaluate_samples))
-        classes = generator.given.labels[numbers].astype(np.int32)
+        classes = generator.given.classes(np.arange(config.train.evaluate_samples))
     start = checkpoints.latest_step(workdir.checkpoints) or 0
     writer = ScalarWriter(workdir.logs, _LOG, start=start) if sharding.is_main_process() else None
 
